@@ -1,0 +1,97 @@
+"""Wrap and adapt in one call; fold the adapter away for deployment."""
+
+from __future__ import annotations
+
+import copy
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from pyra.backbones import wrap
+from pyra.config import PyraConfig
+from pyra.errors import ConfigError
+
+REACTIVATION = "reactivation"
+# Modules that PEFT methods attach to when the configuration names none: the paper adapts the fused qkv.
+DEFAULT_TARGETS = ["qkv"]
+
+
+def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | None = None) -> nn.Module:
+    """Make a backbone merge tokens and attach a PEFT method; everything else is frozen.
+
+    Args:
+        model: a supported backbone with its new task head (changed in place).
+        pyra: what to merge; None leaves the tokens alone.
+        peft: any PEFT configuration; without ``target_modules`` it adapts the fused ``qkv``. The task head and the
+            re-activation weights are trained and saved with it. None trains those alone (with ``pyra`` None as well:
+            a linear probe).
+
+    Returns:
+        A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.
+
+    Raises:
+        UnsupportedModelError, ScheduleError: from :func:`pyra.wrap`.
+        ConfigError: where the target modules do not exist in the model.
+
+    Example:
+        >>> model = adapt(model, pyra=PyraConfig(rate=0.5), peft=LoraConfig(r=8))  # doctest: +SKIP
+    """
+    if pyra is not None:
+        model = wrap(model, pyra)
+    trained = trained_modules(model)
+    if peft is None:
+        model.requires_grad_(False)
+        for name, module in model.named_modules():
+            if name in trained:
+                module.requires_grad_(True)
+        return model
+    config = copy.deepcopy(peft)
+    if getattr(config, "target_modules", DEFAULT_TARGETS) is None:
+        config.target_modules = list(DEFAULT_TARGETS)  # type: ignore[attr-defined]
+    saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
+    config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *saved})  # type: ignore[attr-defined]
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        if "target" in str(error):
+            raise ConfigError(f"target_modules {getattr(config, 'target_modules', None)}: peft says: {error}") from None
+        raise
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = backbone_name(model)
+    return adapted
+
+
+def fold_adapter(model: nn.Module) -> nn.Module:
+    """Fold the PEFT layers into the weights (in place) and return the backbone: merging stays, peft is gone.
+
+    What cannot be folded exactly (bottleneck adapters are not linear) becomes an ordinary part of its module. A model
+    without PEFT layers is returned as it is.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    # Modules saved whole first: several tuners expect every such module to have a `weight`.
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ModulesToSaveWrapper) and child.active_adapters:
+                setattr(parent, name, child.modules_to_save[child.active_adapters[0]])
+    folded: nn.Module = model.merge_and_unload()
+    return folded
+
+
+def trained_modules(model: nn.Module) -> list[str]:
+    """Name the modules that train beside a PEFT method: the task head(s) and the re-activation modules."""
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    heads = [head for head in (heads if isinstance(heads, (tuple, list)) else [heads]) if any(True for _ in head.parameters())]
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is head for head in heads) or name.rpartition(".")[2] == REACTIVATION
+    ]
+
+
+def backbone_name(model: nn.Module) -> str | None:
+    """Return the name of a timm model with its pretrained tag, or None."""
+    source = getattr(model, "pretrained_cfg", None) or {}
+    architecture, tag = source.get("architecture"), source.get("tag")
+    return f"{architecture}.{tag}" if architecture and tag else architecture

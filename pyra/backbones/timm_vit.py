@@ -1,0 +1,210 @@
+"""timm's plain ``VisionTransformer``: class token or none, distilled, registers.
+
+A block that merges is replaced by a :class:`MergingBlock` that holds the very same children under the same names, so
+parameters, checkpoints and PEFT target names are unchanged, and no attention code is copied. What a forward needs (the
+sizes, the source map) travels from block to block beside the tokens in a :class:`TokenStream`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from timm.layers import Attention, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from pyra.attention import size_bias
+from pyra.config import PyraConfig
+from pyra.cost import Geometry
+from pyra.errors import ScheduleError, UnsupportedModelError
+from pyra.matching import match_tokens, removable
+from pyra.merging import compose_source_maps, merge_tokens, spread
+from pyra.reactivation import Reactivation
+
+
+class TokenStream(NamedTuple):
+    """What passes between blocks once tokens have merged.
+
+    Attributes:
+        tokens: [B, N, C].
+        size: [B, N, 1] patches each token stands for.
+        source_map: [B, N0] row that holds each original token; None unless the last block spreads them out again.
+    """
+
+    tokens: Tensor
+    size: Tensor
+    source_map: Tensor | None
+
+
+class MergingBlock(nn.Module):
+    """timm's ``Block`` with merging between attention and MLP.
+
+    Modifications against ``Block``: takes tokens [B, N, C] or a :class:`TokenStream` and returns a stream (the last
+    block: tokens); adds the size bias; merges ``removed`` tokens; ``spread_out`` returns one row for each original
+    token.
+    """
+
+    def __init__(self, block: Block, removed: int, prefix: int, config: PyraConfig, *, last: bool, spread_out: bool):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.removed = removed
+        self.prefix = prefix
+        self.config = config
+        self.last = last
+        self.spread_out = spread_out
+        self.replaced = (block,)  # in a tuple: not a child, but copied and pickled along
+        if removed and config.reactivation:
+            weight = next(block.parameters())
+            dim = block.norm1.normalized_shape[0]
+            self.reactivation = Reactivation(removed, dim, device=weight.device, dtype=weight.dtype)
+        self.train(block.training)
+
+    def forward(self, x: Tensor | TokenStream) -> Tensor | TokenStream:
+        """Run one block; see the class."""
+        tokens, size, source_map = x if isinstance(x, TokenStream) else (x, None, None)
+        bias = size_bias(size, tokens.dtype) if self.config.proportional_attention else None
+        attention = KeyReader(self.attn)
+        tokens = tokens + self.drop_path1(self.ls1(attention(self.norm1(tokens), bias)))
+        if self.removed:
+            most = removable(tokens.shape[1], self.prefix)
+            if self.removed > most:
+                raise ScheduleError(
+                    f"a block removes {self.removed} of the {tokens.shape[1]} tokens of this input: at most {most} can "
+                    "go; wrap the model with a schedule for this input size"
+                )
+            plan = match_tokens(
+                attention.keys().mean(dim=1), self.removed, num_prefix_tokens=self.prefix, order=self.config.order
+            )
+            tokens, size = merge_tokens(tokens, size, plan, getattr(self, "reactivation", None))
+            if self.spread_out:
+                source_map = compose_source_maps(source_map, plan)
+        tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        if not self.last:
+            return TokenStream(tokens, size, source_map)
+        return tokens if source_map is None else spread(tokens, source_map)
+
+    def extra_repr(self) -> str:
+        """Return what is shown in ``print(model)``."""
+        return f"removed={self.removed}"
+
+
+class KeyReader:
+    """Stands in for an attention module during one call and keeps the keys that it computes.
+
+    The module's own ``forward`` runs with this object as ``self``: every name is looked up on the module, but
+    ``k_norm``, which every timm attention applies to its keys, passes by here. The module itself is not touched, so
+    calls may interleave, recompute and run in threads.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention = attention
+        self._keys: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Attend over ``x`` [B, N, C] with ``bias`` [B, 1, 1, N] added to the scores."""
+        output: Tensor = type(self._attention).forward(self, x, attn_mask=bias)  # type: ignore[arg-type]
+        return output
+
+    def k_norm(self, keys: Tensor) -> Tensor:
+        """Apply the module's key norm to ``keys`` [B, H, N, d] and keep the outcome."""
+        self._keys = self._attention.k_norm(keys)  # type: ignore[operator]
+        return self._keys
+
+    def keys(self) -> Tensor:
+        """Return the keys [B, H, N, d] of the call."""
+        assert self._keys is not None
+        return self._keys
+
+
+def wrap_blocks(model: VisionTransformer, schedule: list[int], config: PyraConfig) -> None:
+    """Replace the blocks from the first that merges on; ``schedule`` fits the model and is not all zero."""
+    check_supported(model)
+    first = next(layer for layer, removed in enumerate(schedule) if removed)
+    last = len(model.blocks) - 1
+    spread_out = model.attn_pool is not None or model.global_pool != "token"
+    for layer in range(first, last + 1):
+        model.blocks[layer] = MergingBlock(
+            model.blocks[layer],
+            schedule[layer],
+            model.num_prefix_tokens,
+            config,
+            last=layer == last,
+            spread_out=spread_out,
+        )
+
+
+def unwrap_blocks(model: VisionTransformer) -> None:
+    """Put the replaced blocks back, holding the children their stand-ins have now."""
+    for layer, block in enumerate(model.blocks):
+        if isinstance(block, MergingBlock):
+            (original,) = block.replaced
+            for name in original._modules:
+                setattr(original, name, getattr(block, name))
+            model.blocks[layer] = original
+
+
+def geometry(model: nn.Module, input_size: int | tuple[int, int] | None) -> Geometry:
+    """Sizes of the model at ``input_size`` pixels (None: its own)."""
+    model = check_supported(model)
+    patch = model.patch_embed
+    height, width = patch.patch_size
+    if input_size is None:
+        rows, columns = patch.grid_size
+    else:
+        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if size[0] % height or size[1] % width or min(size) <= 0:
+            raise ValueError(f"input size {size} is not a multiple of the patch size {height} x {width}")
+        rows, columns = size[0] // height, size[1] // width
+    block = model.blocks[0]
+    patches = rows * columns
+    return Geometry(
+        depth=len(model.blocks),
+        tokens=patches + model.num_prefix_tokens,
+        prefix_tokens=model.num_prefix_tokens,
+        dim=model.embed_dim,
+        attention_dim=block.attn.attn_dim,
+        mlp_macs=_linear_macs(block.mlp),
+        head_dim=block.attn.head_dim,
+        embedding_macs=patches * patch.proj.weight.numel(),
+    )
+
+
+def check_supported(model: nn.Module) -> VisionTransformer:
+    """Return ``model``, or raise :class:`UnsupportedModelError` with what keeps its tokens from merging."""
+    reason = _obstacle(model)
+    if reason is not None:
+        name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+        raise UnsupportedModelError(f"{name} cannot be merged: {reason}")
+    assert isinstance(model, VisionTransformer)
+    return model
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    if any("relative_position" in name or "rel_pos" in name for name in names):
+        return "its attention adds a relative position bias for each pair of grid positions, which a merged token lacks"
+    if any(hasattr(module, "window_size") for module in model.modules()):
+        return "it attends within windows of a fixed grid, which merged tokens no longer form"
+    if not isinstance(model, VisionTransformer):
+        return f"{type(model).__name__} is not timm's plain VisionTransformer"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patches come from a {type(model.patch_embed).__name__} (a hybrid), not from a plain projection"
+    for block in model.blocks:
+        if not isinstance(block, (Block, MergingBlock)):
+            return f"its blocks ({type(block).__name__}) are not pre-norm attention followed by an MLP"
+        if not isinstance(block.attn, Attention):
+            return f"its attention ({type(block.attn).__name__}) does not give its keys and take a size bias"
+    return None
+
+
+def _linear_macs(module: nn.Module) -> int:
+    """MACs of the linear layers in ``module`` for one token; PEFT layers count as the layer they stand for."""
+    if hasattr(module, "get_base_layer"):
+        module = module.get_base_layer()
+    if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
+        return int(module.in_features) * int(module.out_features)
+    return sum(_linear_macs(child) for child in module.children())

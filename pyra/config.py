@@ -1,0 +1,131 @@
+"""What merging does to a model: :class:`PyraConfig`, validated as a whole, versioned, JSON on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pyra.errors import ConfigError, did_you_mean
+from pyra.files import write_json
+from pyra.matching import ORDERS
+from pyra.schedule import preset_schedule
+
+VERSION = 1
+MATCHINGS = ("bipartite",)
+
+
+@dataclass(frozen=True)
+class PyraConfig:
+    """How a backbone's tokens are merged and re-activated.
+
+    Exactly one of ``schedule`` and ``rate`` is given.
+
+    Args:
+        schedule: tokens removed in each block, one entry a block.
+        rate: share of the MACs to save, in [0, 1); the schedule is solved for the wrapped model.
+        reactivation: train re-activation weights (PYRA); False merges plainly (ToMe).
+        proportional_attention: add log(size) of the keys to the attention scores.
+        matching: how pairs are found; ``"bipartite"`` is the published even/odd split.
+        order: order of the kept tokens, ``"grouped"`` as published or ``"sequence"``.
+
+    Raises:
+        ConfigError: listing every problem at once.
+
+    Example:
+        >>> PyraConfig(rate=0.5).rate
+        0.5
+    """
+
+    schedule: list[int] | None = None
+    rate: float | None = None
+    reactivation: bool = True
+    proportional_attention: bool = True
+    matching: str = "bipartite"
+    order: str = "grouped"
+
+    def __post_init__(self) -> None:
+        """Check all fields together."""
+        problems = []
+        if (self.schedule is None) == (self.rate is None):
+            problems.append("give exactly one of schedule and rate")
+        if self.schedule is not None:
+            problems += _schedule_problems(self.schedule)
+        if self.rate is not None and not (_is_number(self.rate) and 0 <= self.rate < 1):
+            problems.append(f"rate must be a number in [0, 1), got {self.rate!r}")
+        for name in ("reactivation", "proportional_attention"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, allowed in (("matching", MATCHINGS), ("order", ORDERS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                problems.append(f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(str(value), allowed)}")
+        if problems:
+            raise ConfigError("PyraConfig: " + "; ".join(problems))
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", [int(r) for r in self.schedule])
+
+    @classmethod
+    def paper(cls, backbone: str, level: str) -> PyraConfig:
+        """Return the configuration of the paper's experiments (arXiv 2403.09192, section 4).
+
+        Args:
+            backbone: timm name of one of the paper's models, e.g. ``vit_base_patch16_224``.
+            level: ``"low"`` or ``"high"``.
+
+        Raises:
+            ScheduleError: where the paper has no such schedule.
+        """
+        return cls(schedule=preset_schedule(backbone, level))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON values, with its format version."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PyraConfig:
+        """Rebuild from :meth:`to_dict`; unknown keys and newer versions raise :class:`ConfigError`."""
+        known = [f.name for f in fields(cls)]
+        values = dict(values)
+        version = values.pop("version", VERSION)
+        problems = [f"unknown key {key!r}{did_you_mean(key, known)}" for key in values if key not in known]
+        if not isinstance(version, int) or version > VERSION:
+            problems.append(f"format version {version!r} is newer than this library's ({VERSION}): upgrade pyra-adapt")
+        if problems:
+            raise ConfigError("PyraConfig: " + "; ".join(problems))
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration to a JSON file, atomically."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PyraConfig:
+        """Read a file written by :meth:`save`; raises :class:`ConfigError` with the path where it is not one."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _schedule_problems(schedule: object) -> list[str]:
+    if not isinstance(schedule, (list, tuple)) or not schedule:
+        return [f"schedule must be a list with one whole number a block, got {schedule!r}"]
+    return [
+        f"schedule entry {layer} must be a whole number of at least 0, got {removed!r}"
+        for layer, removed in enumerate(schedule)
+        if isinstance(removed, bool) or not isinstance(removed, int) or removed < 0
+    ]

@@ -1,0 +1,126 @@
+"""A :class:`~pyra.matching.MergePlan` applied: tokens merged, and spread out again.
+
+A destination becomes the size-weighted mean of itself and its sources (ToMe, arXiv 2210.09461, section 3); with
+re-activation the sources are modulated first (PYRA, arXiv 2403.09192, equations 5-9). Weights are computed as shares
+of the merged size, in float32 at least: a token that takes part in nothing is passed on bit for bit, and sizes
+stay exact in half precision.
+
+Letters: ``B`` batch, ``N`` tokens, ``C`` channels, ``r`` tokens removed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyra.matching import MergePlan
+from pyra.reactivation import reactivate
+
+
+def merge_tokens(
+    x: Tensor, size: Tensor | None, plan: MergePlan, reactivation: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge the plan's sources into their destinations.
+
+    Args:
+        x: [B, N, C] tokens.
+        size: [B, N, 1] number of patches or words each token stands for; None means ones.
+        plan: from :func:`pyra.match_tokens` on the same tokens.
+        reactivation: any module with the attributes ``pair_weight``, ``channel_weight`` and ``norm``
+            (:class:`pyra.Reactivation`); None merges plainly.
+
+    Returns:
+        ``merged`` [B, N - r, C] and its ``size`` [B, N - r, 1] (float32 or wider).
+
+    Raises:
+        ValueError: where ``x`` or ``size`` does not have the plan's batch and token count.
+    """
+    _check(x, size, plan)
+    if size is None:
+        size = torch.ones(x.shape[0], x.shape[1], 1, device=x.device, dtype=_wide(x.dtype))
+    else:
+        size = size.to(_wide(size.dtype))
+    if plan.removed == 0:
+        return _gather(x, plan.kept), _gather(size, plan.kept)
+    batch, channels = x.shape[0], x.shape[2]
+    # Rows of the flattened [B * rows, C] tensors: contiguous copies, no index expanded over channels.
+    kept, source, target = (
+        _flat(plan.kept, plan.num_tokens),
+        _flat(plan.source, plan.num_tokens),
+        _flat(plan.target, plan.kept.shape[1]),
+    )
+    tokens, sizes = x.reshape(-1, channels), size.reshape(-1, 1)
+    kept_size, source_size = sizes.index_select(0, kept), sizes.index_select(0, source)
+    merged_size = kept_size.index_add(0, target, source_size)
+    moved = tokens.index_select(0, source)
+    if reactivation is not None:
+        received = tokens.index_select(0, _flat(plan.destination, plan.num_tokens))
+        received_size = kept_size.index_select(0, target)
+        pairs = (moved * source_size + received * received_size).to(x.dtype)
+        shape = (batch, plan.removed, channels)
+        moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation).reshape(-1, channels)
+    stay = (kept_size / merged_size).to(x.dtype)
+    share = (source_size / merged_size.index_select(0, target)).to(x.dtype)
+    merged = (tokens.index_select(0, kept) * stay).index_add(0, target, moved.to(x.dtype) * share)
+    return merged.reshape(batch, -1, channels), merged_size.reshape(batch, -1, 1)
+
+
+def unmerge_tokens(merged: Tensor, plan: MergePlan) -> Tensor:
+    """Spread merged tokens over the positions they came from.
+
+    Args:
+        merged: [B, N - r, C] tokens in the plan's output order.
+        plan: the step to undo.
+
+    Returns:
+        [B, N, C]: every kept token at its own input position, every source a copy of its destination.
+
+    Raises:
+        ValueError: where ``merged`` does not have the plan's batch and token count.
+    """
+    if merged.ndim != 3 or merged.shape[:2] != plan.kept.shape:
+        raise ValueError(
+            f"unmerge_tokens: merged must be [B, N - r, C] with [B, N - r] = {list(plan.kept.shape)}, "
+            f"got {list(merged.shape)}"
+        )
+    return _gather(merged, plan.source_map())
+
+
+def compose_source_maps(outer: Tensor | None, plan: MergePlan) -> Tensor:
+    """Follow a further merging step: [B, N0] map to the rows before ``plan`` -> [B, N0] map to the rows after it.
+
+    ``outer`` None means that ``plan`` is the first step.
+    """
+    step = plan.source_map()
+    return step if outer is None else step.gather(1, outer)
+
+
+def spread(tokens: Tensor, source_map: Tensor) -> Tensor:
+    """Return [B, N0, C]: for each original position the token that holds it (``source_map`` [B, N0])."""
+    return _gather(tokens, source_map)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x`` [B, N, C] at ``index`` [B, M] -> [B, M, C]."""
+    return x.reshape(-1, x.shape[2]).index_select(0, _flat(index, x.shape[1])).reshape(*index.shape, x.shape[2])
+
+
+def _flat(index: Tensor, rows: int) -> Tensor:
+    """Positions [B, M] within a sample -> rows [B * M] of the flattened batch, ``rows`` rows a sample."""
+    first = torch.arange(index.shape[0], device=index.device)[:, None] * rows
+    return (index + first).reshape(-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _check(x: Tensor, size: Tensor | None, plan: MergePlan) -> None:
+    expected = (plan.kept.shape[0], plan.num_tokens)
+    problems = []
+    if x.ndim != 3 or x.shape[:2] != expected:
+        problems.append(f"x must be [B, N, C] with [B, N] = {list(expected)} as in the plan, got {list(x.shape)}")
+    if size is not None and size.shape != (*expected, 1):
+        problems.append(f"size must be [B, N, 1] = {[*expected, 1]}, got {list(size.shape)}")
+    if problems:
+        raise ValueError("merge_tokens: " + "; ".join(problems))

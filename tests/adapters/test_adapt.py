@@ -1,0 +1,157 @@
+"""adapt -> train -> save -> load -> fold, on small timm models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pyra import PyraConfig
+from pyra.adapters import BottleneckConfig, adapt, fold_adapter, load_adapter, save_adapter
+from pyra.errors import CheckpointError, ConfigError
+
+METHODS = {
+    "lora": lambda: peft.LoraConfig(r=4),
+    "dora": lambda: peft.LoraConfig(r=4, use_dora=True),
+    "ia3": lambda: peft.IA3Config(target_modules=["qkv"], feedforward_modules=[]),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["qkv", "fc1"]),
+    "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm1"]),
+    "bottleneck": lambda: BottleneckConfig(width=4),
+    "none": lambda: None,
+}
+
+
+def backbone(image_size: int = 32, **kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"img_size": image_size, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", **{**settings, **kwargs})
+
+
+def train(model: nn.Module, steps: int = 3) -> None:
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model.train()
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.randint(0, 10, (8,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("merging", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_round_trip(method: str, merging: bool, images: torch.Tensor, tmp_path: Path) -> None:
+    config = PyraConfig(rate=0.5) if merging else None
+    start = adapt(backbone(), pyra=config, peft=None).eval()(images)
+    model = adapt(backbone(), pyra=config, peft=METHODS[method]())
+    frozen = {k: v.clone() for k, v in model.named_parameters() if not v.requires_grad}
+    train(model)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+    expected = model(images)
+    assert not torch.allclose(expected, start, atol=1e-3)
+
+    save_adapter(model, tmp_path)
+    assert (tmp_path / "adapter_config.json").exists() == (method != "none")
+    assert (tmp_path / "pyra_config.json").exists() == merging
+    loaded = load_adapter(backbone(), tmp_path)
+    torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=1e-4)
+
+    folded = fold_adapter(loaded)
+    torch.testing.assert_close(folded(images), expected, atol=1e-5, rtol=1e-4)
+    assert not any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in folded.modules())
+    if merging:
+        assert folded.pyra_config == config
+
+
+def test_reactivation_and_head_are_trained() -> None:
+    model = adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LoraConfig(r=4))
+    before = {k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad}
+    assert sum("pair_weight" in k for k in before) == 4
+    assert any(".head." in k for k in before)
+    train(model)
+    after = dict(model.named_parameters())
+    for key, value in before.items():
+        if "blocks.3.reactivation" in key:
+            continue  # what merges after the last attention no longer reaches the class token
+        assert not torch.equal(after[key], value), f"{key} did not move"
+
+
+def test_users_config_is_left_alone() -> None:
+    config = peft.LoraConfig(r=4)
+    adapt(backbone(), pyra=PyraConfig(rate=0.3), peft=config)
+    assert config.target_modules is None
+    assert config.modules_to_save is None
+
+
+def test_linear_probe_trains_the_head_alone() -> None:
+    model = adapt(backbone())
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+def test_distilled_trains_both_heads() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=4, num_classes=10
+    )
+    model = adapt(model, pyra=PyraConfig(rate=0.2), peft=peft.LoraConfig(r=2))
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert any("head_dist" in k for k in trained)
+    assert any(".head." in k for k in trained)
+
+
+def test_other_token_count(images: torch.Tensor, tmp_path: Path) -> None:
+    """An adapter trained at 32 px serves a backbone at 48 px: the rate is solved anew."""
+    model = adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LoraConfig(r=4))
+    train(model)
+    save_adapter(model, tmp_path)
+    larger = load_adapter(backbone(48), tmp_path)
+    assert larger(torch.randn(2, 3, 48, 48)).shape == (2, 10)
+    stored = model.get_base_model().blocks[0].reactivation.pair_weight
+    assert torch.equal(larger.get_base_model().blocks[0].reactivation.pair_weight, stored)
+
+
+def test_stock_peft_reads_the_folder(images: torch.Tensor, tmp_path: Path) -> None:
+    model = adapt(backbone(), peft=peft.LoraConfig(r=4))
+    train(model)
+    save_adapter(model, tmp_path)
+    stock = peft.PeftModel.from_pretrained(backbone(), str(tmp_path)).eval()
+    torch.testing.assert_close(stock(images), model(images))
+
+
+def test_saving_again_leaves_nothing_of_the_older_adapter(tmp_path: Path) -> None:
+    save_adapter(adapt(backbone(), pyra=PyraConfig(rate=0.3), peft=peft.LoraConfig(r=4)), tmp_path)
+    save_adapter(adapt(backbone()), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == ["adapter_model.safetensors"]
+
+
+def test_wrong_input(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nonsense"):
+        adapt(backbone(), peft=peft.LoraConfig(target_modules=["nonsense"]))
+    with pytest.raises(CheckpointError, match="no adapter_model"):
+        load_adapter(backbone(), tmp_path)
+    save_adapter(adapt(backbone(), peft=peft.LoraConfig(r=4)), tmp_path)
+    with pytest.raises(CheckpointError, match=r"head.*\[5, 48\]|size mismatch"):
+        load_adapter(backbone(num_classes=5), tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not a file")
+    with pytest.raises(CheckpointError, match="not a readable safetensors"):
+        load_adapter(backbone(), tmp_path)
+    probe = tmp_path / "probe"
+    save_adapter(adapt(backbone()), probe)
+    with pytest.raises(CheckpointError, match=r"head\.weight is \[10, 48\], the model has \[5, 48\]"):
+        load_adapter(backbone(num_classes=5), probe)
+    (probe / "pyra_config.json").write_text(json.dumps({"rate": 2}))
+    with pytest.raises(ConfigError, match="rate must be"):
+        load_adapter(backbone(), probe)
