@@ -38,6 +38,10 @@ class OutputError(PyraError, FileExistsError):
     """An output folder that would be overwritten."""
 
 
+class ExportError(PyraError, ValueError):
+    """An export that differs from its model, or a folder that holds none."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``choices``, or the empty string.
 

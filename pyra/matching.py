@@ -106,7 +106,7 @@ def match_tokens(
             blocked = protected.to(features.device).expand(batch, tokens)
             r = min(r, _removable_with(blocked, num_prefix_tokens))
         even, odd, best, partner = _propose(features.detach(), num_prefix_tokens, blocked)
-        ranked = best.argsort(dim=1, descending=True, stable=True)
+        ranked = best.sort(dim=1, descending=True).indices
         chosen, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
         source = even[chosen]
         destination = odd[partner.gather(1, chosen)]

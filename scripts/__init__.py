@@ -1,0 +1,1 @@
+"""The command line: thin verbs over :mod:`pyra.tasks`, :mod:`pyra.adapters` and :mod:`pyra`."""

@@ -1,0 +1,70 @@
+"""``pyra``: one command, one verb a job. Each verb is a module of :mod:`pyra.scripts` with ``main(argv) -> int``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pyra.errors import ConfigError, PyraError, did_you_mean
+
+VERBS = {
+    "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
+    "evaluate": ("pyra.scripts.evaluate", "measure a saved run, at any compression rate"),
+    "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
+    "demo": ("pyra.scripts.demo", "four adaptations of a small backbone, measured and plotted"),
+    "benchmark": ("pyra.scripts.benchmark", "measure speed and memory against the unwrapped model"),
+    "env": ("pyra.scripts.env", "show versions and hardware, for bug reports"),
+}
+
+_DESCRIPTION = "Adapt a pretrained transformer with few trained weights, and make it faster by merging tokens."
+_EXAMPLE = "pyra train --task demo --method pyra --rate 0.7 --output runs/a"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``pyra VERB ...`` and return the exit status: 0, 2 for wrong input, 130 when interrupted.
+
+    >>> main(["--version"])  # doctest: +SKIP
+    pyra 0.1.0
+    0
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except PyraError as error:
+        print(f"pyra: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pyra: interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    """Return the text of ``pyra --help``."""
+    verbs = "\n".join(f"  {name:<12}{text}" for name, (_, text) in VERBS.items())
+    return (
+        f"usage: pyra VERB [options]\n\n{_DESCRIPTION}\n\nverbs:\n{verbs}\n\n"
+        "options:\n  -h, --help  show this text; 'pyra VERB --help' shows a verb's options\n"
+        "  --version   show the version\n\n"
+        f"example:\n  {_EXAMPLE}"
+    )
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb == "--version":
+        import pyra
+
+        print(f"pyra {pyra.__version__}")
+        return 0
+    if verb not in VERBS:
+        known = [*VERBS, "--help", "--version"]
+        raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, known)}; verbs are {', '.join(VERBS)}")
+    return int(importlib.import_module(VERBS[verb][0]).main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

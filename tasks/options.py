@@ -1,0 +1,106 @@
+"""What a run is: every option with its default, checked together, and what it turns into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from pyra.adapters import BottleneckConfig
+from pyra.config import PyraConfig
+from pyra.errors import ConfigError, did_you_mean
+
+METHODS = {
+    "linear": "train a new head on the frozen backbone",
+    "full": "train all weights",
+    "lora": "LoRA on the fused qkv",
+    "adapter": "bottleneck adapter after each MLP",
+    "tome": "LoRA, tokens merged",
+    "pyra": "LoRA, tokens merged and re-activated",
+}
+MERGING = ("tome", "pyra")
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """Describe one command-line option of a dataclass."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """One training run. Defaults of the optimiser are the paper's (arXiv 2403.09192, section 4) but for the epochs."""
+
+    backbone: str = option("demo", "timm name, folder of a timm model, or 'demo' (the small ViT that ships with pyra)")
+    checkpoint: str | None = option(None, "weights from a .safetensors, .npz or .pth file instead of the hub's")
+    pretrained: bool = option(True, "start from pretrained weights")
+    image_size: int | None = option(None, "image side in pixels; the backbone's own by default")
+    task: str | None = option(None, "a shipped task by name ('demo' unless --data is given)")
+    data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
+    skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
+    method: str = option("pyra", "how to adapt", choices=tuple(METHODS))
+    rate: float | None = option(None, "share of the MACs to save by merging tokens, in [0, 1)")
+    schedule: list[int] | None = option(None, "tokens removed in each block, instead of --rate: 16,16,16,...")
+    rank: int = option(8, "rank of LoRA, width of the bottleneck adapter")
+    dropout: float = option(0.1, "dropout in the adapter")
+    drop_path: float = option(0.1, "stochastic depth rate of the backbone")
+    epochs: float = option(10.0, "passes over the training images (the paper: 100)")
+    batch_size: int = option(32, "images a step, and a measured forward")
+    lr: float = option(1e-3, "peak learning rate of AdamW (cosine, 10 % warm-up)")
+    reactivation_lr: float | None = option(None, "peak learning rate of the re-activation weights; --lr by default")
+    weight_decay: float = option(1e-4, "decoupled weight decay")
+    seed: int = option(0, "random seed")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("float32", "precision of the forward", choices=("float32", "bfloat16", "float16"))
+    limit: int | None = option(None, "use this many images of each split only (a fixed draw), to try things out")
+    output: str = option("runs/latest", "folder of the run")
+    overwrite: bool = option(False, "replace the run in --output")
+
+    def __post_init__(self) -> None:
+        """Check all options together; raises :class:`ConfigError` with every problem."""
+        if self.task is None and self.data is None:
+            self.task = "demo"
+        problems = []
+        if self.task is not None and self.data is not None:
+            problems.append("give --task or --data, not both")
+        if self.method not in METHODS:
+            problems.append(f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}")
+        given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
+        if self.method in MERGING and len(given) != 1:
+            problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
+        if self.method not in MERGING and given:
+            problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
+        for name in ("rank", "epochs", "batch_size", "lr"):
+            if getattr(self, name) <= 0:
+                problems.append(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name in ("image_size", "reactivation_lr", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                problems.append(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            problems.append(f"--weight-decay must not be negative, got {self.weight_decay}")
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            problems.append(f"--device must be auto, cpu or cuda, got {self.device!r}")
+        if self.method in MERGING and len(given) == 1:
+            try:
+                self.pyra_config()
+            except ConfigError as error:
+                problems.append(str(error).removeprefix("PyraConfig: "))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def pyra_config(self) -> PyraConfig | None:
+        """Return what to merge, or None."""
+        if self.method not in MERGING:
+            return None
+        return PyraConfig(rate=self.rate, schedule=self.schedule, reactivation=self.method == "pyra")
+
+    def peft_config(self) -> PeftConfig | None:
+        """Return the PEFT method, or None."""
+        if self.method in ("lora", *MERGING):
+            return LoraConfig(r=self.rank, lora_alpha=self.rank, lora_dropout=self.dropout, target_modules=["qkv"])
+        if self.method == "adapter":
+            return BottleneckConfig(width=self.rank, dropout=self.dropout)
+        return None

@@ -1,0 +1,319 @@
+"""The result of one run, where it was measured, and the folder it is written to.
+
+A run folder holds ``result.json``: one :class:`RunResult`, schema version 1. Files are written atomically (a
+temporary file in the same folder, then a rename), so an interrupted run leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import types
+import typing
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyra.errors import ConfigError, DataError, OutputError, did_you_mean
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "result.json"
+CLAIM_FILE = ".pyra-run"
+"""Written when a folder is claimed: an unfinished run is told from somebody's files by it."""
+
+RUN_FILES: tuple[str, ...] = (
+    RESULT_FILE, "config.yaml", "pyra_config.json", "adapter", "checkpoints", "checkpoint-*", "export", "predictions.*",
+    "log.jsonl", "table.json", "table.md", "pareto.png", "pareto.html", "merged_tokens.png",
+)  # fmt: skip
+"""Top-level names (shell patterns) a run writes; only these are ever removed."""
+
+_IGNORED = frozenset({".gitignore", ".gitkeep", ".DS_Store"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One row of every table and plot: what was run, how good it is, what it costs, where it was measured.
+
+    ``value`` is a fraction for accuracies (0.683, not 68.3); higher is better. ``macs`` and ``plain_macs`` count one
+    image with and without token merging; ``rate`` = 1 - ``macs`` / ``plain_macs``; ``schedule`` holds the tokens
+    removed in each layer. ``images_per_second`` and ``speedup`` (against the unmerged backbone, same machine and
+    batch) are None when not measured. ``epochs`` may be a fraction; ``train_seconds`` is wall-clock time.
+
+    >>> row = RunResult(task="demo", method="lora", metric="accuracy", value=0.5, macs=10, schedule=[0], rate=0.0,
+    ...                 trained_parameters=3, seed=0)
+    >>> RunResult.from_dict(row.to_dict()) == row
+    True
+    """
+
+    task: str
+    method: str
+    metric: str
+    value: float
+    macs: int
+    schedule: list[int]
+    rate: float
+    trained_parameters: int
+    seed: int
+    images_per_second: float | None = None
+    speedup: float | None = None
+    backbone: str | None = None
+    image_size: int | None = None
+    batch_size: int | None = None
+    throughput_batch_size: int | None = None
+    epochs: float | None = None
+    train_seconds: float | None = None
+    num_test: int | None = None
+    skipped_images: int = 0
+    protocol: str | None = None
+    plain_macs: int | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a deep copy as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunResult:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ConfigError: all problems at once: unknown or missing keys, values of a wrong type, a newer schema.
+        """
+        hints = typing.get_type_hints(cls)
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        version = data.get("schema_version", SCHEMA_VERSION)
+        problems = []
+        if type(version) is int and version > SCHEMA_VERSION:
+            problems.append(f"schema version {version} is newer than {SCHEMA_VERSION}, the newest known: upgrade pyra")
+        problems += [f"unknown key {key!r}{did_you_mean(str(key), hints)}" for key in data if key not in hints]
+        problems += [f"key {name!r} is missing" for name in required if name not in data]
+        problems += [
+            f"{name} = {data[name]!r} should be of type {_type_name(hint)}"
+            for name, hint in hints.items()
+            if name in data and not _fits(data[name], hint)
+        ]
+        if problems:
+            raise ConfigError("not a result: " + "; ".join(problems))
+        return cls(**data)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the annotated type (an int is a float; a bool is not an int)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, arg) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int if hint is int else (int, float))
+    return isinstance(value, hint)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write ``content`` to ``path`` through a temporary file in the same folder; parents are created."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write ``value`` (JSON types, dataclasses, paths, scalars of torch and numpy) atomically as indented JSON.
+
+    Raises:
+        ValueError: not a number or infinity, which JSON cannot hold; an existing file stays as it was.
+        TypeError: a value of another type.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_jsonable)
+    return write_atomically(path, (text + "\n").encode())
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def read_result(folder: str | os.PathLike[str]) -> RunResult:
+    """Read the result of a run folder.
+
+    Raises:
+        DataError: there is no readable result; the message names the file.
+        ConfigError: the file is not a result of this schema; the message names the file and all problems.
+    """
+    path = Path(folder) / RESULT_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): is {folder} the folder of a finished run?"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a result is a JSON object, this is a {type(data).__name__}")
+    try:
+        return RunResult.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Describe where a run happens: versions, device name, CPU threads, commit of the code, UTC date (ISO 8601).
+
+    ``device`` is a torch device string; None means the CPU. Libraries that are not installed are None, as are the
+    commit and its dirty flag where the code does not run from a checkout.
+    """
+    import torch
+
+    accelerator = device is not None and torch.device(device).type == "cuda"
+    commit, dirty = _commit()
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "timm", "transformers", "peft")},
+        "pyra": _version("pyra-adapt"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if accelerator else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), None) or platform.processor() or platform.machine()
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the checkout this code (or, for an installed copy, the working directory) is in."""
+    code = Path(__file__).resolve().parent
+    start = Path.cwd() if "site-packages" in code.parts else code
+    root = next((p for p in (start, *start.parents) if (p / ".git").exists()), None)
+    if root is None or not _is_pyra(root):
+        return None, None
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+        return run.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _is_pyra(root: Path) -> bool:
+    try:
+        return '"pyra-adapt"' in (root / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def claim_output(
+    folder: str | os.PathLike[str],
+    overwrite: bool = False,
+    marker: str = RESULT_FILE,
+    ours: Sequence[str] = RUN_FILES,
+) -> Path:
+    """Create ``folder`` for a new run, or empty the one of an earlier run of what pyra wrote; return its path.
+
+    A folder is an earlier run when it holds ``marker`` or the claim file every claim leaves. With ``overwrite`` its
+    top-level entries named in ``ours`` (shell patterns), and ``marker``, are removed; every other file stays. Links
+    are removed, never followed.
+
+    Raises:
+        OutputError: the folder holds an earlier run and ``overwrite`` is false; it holds files and no run (even with
+            ``overwrite``: nothing says they are pyra's); it is a file, cannot be created, or is a place no run
+            belongs: the root, the home folder or one above it, the root of a git checkout.
+    """
+    folder = Path(folder)
+    _refuse_dangerous(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = sorted(entry for entry in folder.iterdir() if entry.name not in _IGNORED)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
+    names = [entry.name for entry in entries]
+    if names and not {marker, CLAIM_FILE} & set(names):
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise OutputError(
+            f"{folder} holds files that are not from a pyra run ({listed}): choose another --output; "
+            "--overwrite only replaces an earlier run"
+        )
+    if names and not overwrite:
+        state = "a finished run" if marker in names else "an unfinished run"
+        raise OutputError(f"{folder} already holds {state}: pass --overwrite to replace it or choose another --output")
+    try:
+        write_json(folder / CLAIM_FILE, {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+        for entry in entries:
+            if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in (marker, *ours)):
+                _remove(entry)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error}; choose another --output") from error
+    return folder
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _refuse_dangerous(folder: Path) -> None:
+    real, home = folder.resolve(), Path.home().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; --output names a folder")
+    if real == Path(real.anchor):
+        place = "the root of the file system"
+    elif real == home or real in home.parents:
+        place = "the home folder or one above it"
+    elif (real / ".git").exists():
+        place = "the root of a git checkout"
+    else:
+        return
+    raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")

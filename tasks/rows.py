@@ -1,0 +1,153 @@
+"""Labelled images as rows, from a parquet file or a folder of images, before anything is decoded.
+
+Labels are class *names* here, so files that number their classes differently can be put together. Everything stays
+in memory: no cache folder is read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pyra.errors import DataError
+
+LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
+"""Names under which a label column is found when no column is typed as ClassLabel."""
+
+_IMAGE = datasets.Image(decode=False)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled images of one file or folder.
+
+    ``images`` holds ``{"bytes", "path"}`` structs, ``labels`` a class name an image, ``sources`` what errors call each
+    image, and ``classes`` the class names in their order.
+    """
+
+    images: pa.ChunkedArray
+    labels: list[str]
+    sources: list[str]
+    classes: tuple[str, ...]
+
+
+def read_parquet(path: Path) -> Rows:
+    """Read the image and the label column of a parquet file; a label is a ClassLabel, an integer or a string.
+
+    Raises:
+        DataError: not a parquet file, no such columns, or rows without a label.
+    """
+    try:
+        schema = pq.read_schema(path)
+        image, label = _image_column(schema, path), _label_column(schema, path)
+        table = pq.read_table(path, columns=[image, label])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    images = pa.chunked_array([_IMAGE.cast_storage(chunk) for chunk in table[image].chunks], type=_IMAGE.pa_type)
+    labels, classes = _label_names(table[label], datasets.Features.from_arrow_schema(schema)[label], path)
+    names = [Path(entry).name if entry else "" for entry in _field(images, "path")]
+    sources = [f"{path.name} row {row}" + (f" ({name})" if name else "") for row, name in enumerate(names)]
+    return Rows(images, labels, sources, classes)
+
+
+def read_image_folder(folder: Path) -> Rows:
+    """Read ``folder/class/**/image`` files; the class is the first-level folder, files of other kinds are ignored."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths: list[Path] = []
+    for entry in class_folders(folder):
+        paths += sorted(p for p in entry.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    labels = [path.relative_to(folder).parts[0] for path in paths]
+    sources = [str(path) for path in paths]
+    storage = pa.array([{"bytes": None, "path": source} for source in sources], type=_IMAGE.pa_type)
+    return Rows(pa.chunked_array([storage]), labels, sources, tuple(sorted(set(labels))))
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """Return the folders directly inside ``folder`` in order of name, hidden ones left out."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def to_dataset(parts: Sequence[Rows], classes: Sequence[str]) -> datasets.Dataset:
+    """Put ``parts`` together as columns `image` (not decoded), `label` (ClassLabel over ``classes``) and `source`.
+
+    Raises:
+        DataError: a label that is not among ``classes``.
+    """
+    index = {name: i for i, name in enumerate(classes)}
+    unknown = {
+        label: part.sources[row] for part in parts for row, label in enumerate(part.labels) if label not in index
+    }
+    if unknown:
+        listed = ", ".join(f"{label!r} ({source})" for label, source in list(unknown.items())[:5])
+        raise DataError(
+            f"{len(unknown)} labels are not in the training split: {listed}; its classes are {_shorten(classes)}"
+        )
+    table = pa.table(
+        {
+            "image": pa.chunked_array([c for part in parts for c in part.images.chunks], type=_IMAGE.pa_type),
+            "label": pa.array([index[label] for part in parts for label in part.labels], type=pa.int64()),
+            "source": pa.array([source for part in parts for source in part.sources], type=pa.string()),
+        }
+    )
+    features = datasets.Features(
+        {"image": _IMAGE, "label": datasets.ClassLabel(names=list(classes)), "source": datasets.Value("string")}
+    )
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+def _image_column(schema: pa.Schema, path: Path) -> str:
+    features = datasets.Features.from_arrow_schema(schema)
+    for field in schema:
+        struct = pa.types.is_struct(field.type) and {"bytes", "path"} <= {sub.name for sub in field.type}
+        if struct or isinstance(features[field.name], datasets.Image):
+            return str(field.name)
+    raise DataError(
+        f"{path} has no image column (a struct of bytes and path, as the datasets library writes it); "
+        f"its columns are {_shorten(schema.names)}"
+    )
+
+
+def _label_column(schema: pa.Schema, path: Path) -> str:
+    features = datasets.Features.from_arrow_schema(schema)
+    typed = [name for name in schema.names if isinstance(features[name], datasets.ClassLabel)]
+    named = [name for name in LABEL_COLUMNS if name in schema.names]
+    if not typed and not named:
+        raise DataError(
+            f"{path} has no label column (a ClassLabel, or one named {', '.join(LABEL_COLUMNS)}); "
+            f"its columns are {_shorten(schema.names)}"
+        )
+    return str((typed or named)[0])
+
+
+def _label_names(column: pa.ChunkedArray, feature: object, path: Path) -> tuple[list[str], tuple[str, ...]]:
+    """Return the class name of every row, and all class names in order."""
+    values = column.to_pylist()
+    missing = [row for row, value in enumerate(values) if value is None or value == -1]
+    if missing:
+        raise DataError(f"{path}: {len(missing)} rows have no label, the first is row {missing[0]}")
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+        wrong = [row for row, value in enumerate(values) if not 0 <= value < len(names)]
+        if wrong:
+            row = wrong[0]
+            raise DataError(f"{path} row {row}: label {values[row]} is outside the {len(names)} classes of the column")
+        return [names[value] for value in values], names
+    wrong_type = {type(value).__name__ for value in values if not isinstance(value, int | str)}
+    if wrong_type:
+        raise DataError(f"{path}: labels are {', '.join(sorted(wrong_type))}; they must be integers or strings")
+    return [str(value) for value in values], tuple(str(value) for value in sorted(set(values)))
+
+
+def _field(images: pa.ChunkedArray, name: str) -> list[str | None]:
+    return [value for chunk in images.chunks for value in chunk.field(name).to_pylist()]
+
+
+def _shorten(names: Iterable[str], limit: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -1,0 +1,44 @@
+"""Settings of the whole test run: offline, few threads, and where the real assets are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: tests never reach a hub, and two xdist workers share the cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests without a CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real weights and images; tests that ask for it carry the marker `assets`."""
+    folder = Path(os.environ.get("PYRA_ASSETS") or ROOT.parent / "shared" / "assets")
+    if not folder.is_dir():
+        pytest.skip(f"no real assets: {folder} is not a folder; set PYRA_ASSETS")
+    return folder
