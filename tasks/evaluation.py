@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pyra.errors import DataError
 from pyra.backbones import macs, unwrap, wrapped_schedule
+from pyra.files import write_json
+from pyra.tasks.data import image_dataset, load_task
 from pyra.tasks.metrics import load_metric
+from pyra.tasks.results import RunResult, environment, read_result
+from pyra.tasks.runs import DTYPES, load_run, preprocessing, resolve_device
 from pyra.tasks.timing import throughput
 
 
@@ -82,3 +89,59 @@ def measure(model: nn.Module, images: Tensor, rounds: int = 7) -> Measured:
         plain_macs=plain_macs,
         schedule=schedule,
     )
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    split: str = "test",
+    batch_size: int | None = None,
+    device: str = "auto",
+    skip_broken: bool = False,
+) -> RunResult:
+    """Score and time a run folder again, from its saved files alone; writes ``evaluation.json`` beside the result.
+
+    Raises:
+        DataError, CheckpointError: where the run, its data or its backbone cannot be read.
+    """
+    folder = Path(folder)
+    target = resolve_device(device)
+    model, options, labels = load_run(folder)
+    trained = read_result(folder)
+    task = load_task(options.task, options.data)
+    if list(task.labels) != labels:
+        raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data has changed")
+    prepared = preprocessing(model)
+    data = image_dataset(
+        task,
+        split,
+        image_size=prepared.image_size,
+        mean=prepared.mean,
+        std=prepared.std,
+        skip_broken=skip_broken or options.skip_broken,
+        limit=options.limit,
+    )
+    model = model.to(target)
+    batch_size = batch_size or options.batch_size
+    value = score(
+        model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype]
+    )
+    batch = torch.stack([data[i]["pixel_values"] for i in range(min(batch_size, len(data)))])
+    measured = measure(model, batch.to(target))
+    result = dataclasses.replace(
+        trained,
+        value=value,
+        macs=measured.macs,
+        plain_macs=measured.plain_macs,
+        schedule=measured.schedule,
+        rate=measured.rate,
+        images_per_second=measured.images_per_second,
+        speedup=measured.speedup,
+        throughput_batch_size=len(batch),
+        num_test=len(data),
+        skipped_images=len(data.broken),
+        protocol=f"{split} split",
+        environment=environment(str(target)),
+    )
+    write_json(folder / "evaluation.json", result.to_dict())
+    return result

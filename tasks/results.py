@@ -1,42 +1,25 @@
-"""The result of one run, where it was measured, and the folder it is written to.
-
-A run folder holds ``result.json``: one :class:`RunResult`, schema version 1. Files are written atomically (a
-temporary file in the same folder, then a rename), so an interrupted run leaves the old file or the new one.
-"""
+"""The result of one run and where it was measured: ``result.json`` of a run folder, schema version 1."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import fnmatch
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import types
 import typing
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyra.errors import ConfigError, DataError, OutputError, did_you_mean
+from pyra.errors import ConfigError, DataError, did_you_mean
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
-CLAIM_FILE = ".pyra-run"
-"""Written when a folder is claimed: an unfinished run is told from somebody's files by it."""
-
-RUN_FILES: tuple[str, ...] = (
-    RESULT_FILE, "config.yaml", "pyra_config.json", "adapter", "checkpoints", "checkpoint-*", "export", "predictions.*",
-    "log.jsonl", "table.json", "table.md", "pareto.png", "pareto.html", "merged_tokens.png",
-)  # fmt: skip
-"""Top-level names (shell patterns) a run writes; only these are ever removed."""
-
-_IGNORED = frozenset({".gitignore", ".gitkeep", ".DS_Store"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,40 +112,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write ``content`` to ``path`` through a temporary file in the same folder; parents are created."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write ``value`` (JSON types, dataclasses, paths, scalars of torch and numpy) atomically as indented JSON.
-
-    Raises:
-        ValueError: not a number or infinity, which JSON cannot hold; an existing file stays as it was.
-        TypeError: a value of another type.
-    """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_jsonable)
-    return write_atomically(path, (text + "\n").encode())
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
 def read_result(folder: str | os.PathLike[str]) -> RunResult:
     """Read the result of a run folder.
 
@@ -251,69 +200,3 @@ def _is_pyra(root: Path) -> bool:
         return '"pyra-adapt"' in (root / "pyproject.toml").read_text(encoding="utf-8")
     except OSError:
         return False
-
-
-def claim_output(
-    folder: str | os.PathLike[str],
-    overwrite: bool = False,
-    marker: str = RESULT_FILE,
-    ours: Sequence[str] = RUN_FILES,
-) -> Path:
-    """Create ``folder`` for a new run, or empty the one of an earlier run of what pyra wrote; return its path.
-
-    A folder is an earlier run when it holds ``marker`` or the claim file every claim leaves. With ``overwrite`` its
-    top-level entries named in ``ours`` (shell patterns), and ``marker``, are removed; every other file stays. Links
-    are removed, never followed.
-
-    Raises:
-        OutputError: the folder holds an earlier run and ``overwrite`` is false; it holds files and no run (even with
-            ``overwrite``: nothing says they are pyra's); it is a file, cannot be created, or is a place no run
-            belongs: the root, the home folder or one above it, the root of a git checkout.
-    """
-    folder = Path(folder)
-    _refuse_dangerous(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = sorted(entry for entry in folder.iterdir() if entry.name not in _IGNORED)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
-    names = [entry.name for entry in entries]
-    if names and not {marker, CLAIM_FILE} & set(names):
-        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise OutputError(
-            f"{folder} holds files that are not from a pyra run ({listed}): choose another --output; "
-            "--overwrite only replaces an earlier run"
-        )
-    if names and not overwrite:
-        state = "a finished run" if marker in names else "an unfinished run"
-        raise OutputError(f"{folder} already holds {state}: pass --overwrite to replace it or choose another --output")
-    try:
-        write_json(folder / CLAIM_FILE, {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
-        for entry in entries:
-            if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in (marker, *ours)):
-                _remove(entry)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error}; choose another --output") from error
-    return folder
-
-
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
-
-
-def _refuse_dangerous(folder: Path) -> None:
-    real, home = folder.resolve(), Path.home().resolve()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; --output names a folder")
-    if real == Path(real.anchor):
-        place = "the root of the file system"
-    elif real == home or real in home.parents:
-        place = "the home folder or one above it"
-    elif (real / ".git").exists():
-        place = "the root of a git checkout"
-    else:
-        return
-    raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")

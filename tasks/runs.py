@@ -27,6 +27,7 @@ from pyra.tasks.options import RunOptions
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPTIONS, _LABELS = "options.json", "labels.json"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from transformers import (
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.adapt import REACTIVATION
+from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, image_dataset, load_task
 from pyra.tasks.evaluation import measure, score
 from pyra.tasks.options import RunOptions
-from pyra.tasks.results import RunResult, claim_output, environment, write_json
-from pyra.tasks.runs import ADAPTER, new_model, preprocessing, resolve_device, save_run
+from pyra.tasks.output import claim_output
+from pyra.tasks.results import RunResult, environment
+from pyra.tasks.runs import ADAPTER, DTYPES, new_model, preprocessing, resolve_device, save_run
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROTOCOL = "last epoch, test split scored once"
 
 
@@ -90,9 +92,123 @@ def train(options: RunOptions) -> RunResult:
     model = new_model(options, len(task.labels))
     train_data, test_data = splits(options, task, model)
     folder = claim_output(options.output, options.overwrite)
-    result = fit(options, task, model, train_data, test_data, folder, device)
+    return run(options, task, model, train_data, test_data, folder, device)
+
+
+def splits(options: RunOptions, task: Task, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
+    """Decode the train and test split of a task for a model."""
+    prepared = preprocessing(model)
+    train_data, test_data = (
+        image_dataset(
+            task,
+            split,
+            image_size=prepared.image_size,
+            mean=prepared.mean,
+            std=prepared.std,
+            skip_broken=options.skip_broken,
+            limit=options.limit,
+        )
+        for split in ("train", "test")
+    )
+    return train_data, test_data
+
+
+def run(
+    options: RunOptions,
+    task: Task,
+    model: nn.Module,
+    train_data: ImageDataset,
+    test_data: ImageDataset,
+    folder: Path,
+    device: torch.device,
+) -> RunResult:
+    """Train a model made by :func:`pyra.tasks.runs.new_model`, save it, then score and time what was saved."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seconds = fit(model, train_data, options, folder, device)
+    model.cpu().eval()
     save_adapter(model, folder / ADAPTER)
     save_run(folder, options, task.labels)
-    result = finish(options, task, model, test_data, device, result)
+
+    folded = fold_adapter(model).to(device).eval()
+    value = score(
+        folded,
+        test_data,
+        metric=task.metric,
+        batch_size=options.batch_size,
+        device=device,
+        dtype=DTYPES[options.dtype],
+        description=f"{options.method}: test",
+    )
+    batch = torch.stack([test_data[i]["pixel_values"] for i in range(min(options.batch_size, len(test_data)))])
+    measured = measure(folded, batch.to(device))
+    result = RunResult(
+        task=task.name,
+        method=options.method,
+        metric=task.metric,
+        value=value,
+        macs=measured.macs,
+        schedule=measured.schedule,
+        rate=measured.rate,
+        trained_parameters=trained,
+        seed=options.seed,
+        images_per_second=measured.images_per_second,
+        speedup=measured.speedup,
+        backbone=options.backbone,
+        image_size=test_data.image_size,
+        batch_size=options.batch_size,
+        throughput_batch_size=len(batch),
+        epochs=options.epochs,
+        train_seconds=seconds,
+        num_test=len(test_data),
+        skipped_images=len(train_data.broken) + len(test_data.broken),
+        protocol=PROTOCOL,
+        plain_macs=measured.plain_macs,
+        environment=environment(str(device)),
+    )
     write_json(folder / "result.json", result)
     return result
+
+
+def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path, device: torch.device) -> float:
+    """Train the weights that require gradients; returns the seconds it took."""
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        dataloader_drop_last=len(data) >= options.batch_size,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.01},
+        warmup_steps=0.1,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=device.type == "cpu",
+        bf16=options.dtype == "bfloat16",
+        fp16=options.dtype == "float16",
+        seed=options.seed,
+        dataloader_pin_memory=device.type != "cpu",
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr, weight_decay=options.weight_decay)
+    trainer = ImageTrainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar(f"{options.method}: training"))
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    with contextlib.suppress(OSError):  # nothing is saved in it: leave no empty folder
+        (folder / "checkpoints").rmdir()
+    return seconds
+
+
+def parameter_groups(model: nn.Module, options: RunOptions) -> list[dict[str, Any]]:
+    """Split the trained weights: the re-activation weights have a learning rate of their own."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[REACTIVATION in name.split(".")].append(parameter)
+    rate = options.lr if options.reactivation_lr is None else options.reactivation_lr
+    named = [{"params": groups[False], "lr": options.lr}, {"params": groups[True], "lr": rate}]
+    return [group for group in named if group["params"]]

@@ -7,8 +7,10 @@ sizes, the source map) travels from block to block beside the tokens in a :class
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
+import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -208,3 +210,25 @@ def _linear_macs(module: nn.Module) -> int:
     if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
         return int(module.in_features) * int(module.out_features)
     return sum(_linear_macs(child) for child in module.children())
+
+
+def source_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
+    """Follow every original token through a wrapped model, in a copy of it.
+
+    Args:
+        model: wrapped, on the device of ``images``.
+        images: [B, 3, H, W].
+
+    Returns:
+        One [B, N0] map a block, from the first that merges on: the row that holds each original token after it.
+    """
+    traced = copy.deepcopy(model).eval()
+    maps: list[Tensor] = []
+    for block in traced.blocks:
+        if isinstance(block, MergingBlock):
+            block.last, block.spread_out = False, True
+            block.register_forward_hook(lambda _module, _inputs, stream: maps.append(stream.source_map))
+    traced.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0].tokens,))
+    with torch.inference_mode():
+        traced.forward_features(images)
+    return maps

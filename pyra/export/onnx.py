@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ def export_onnx(
             )
     assert program is not None
     proto = program.model_proto
+    _forget_origins(proto)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     with atomic_path(folder / FILE) as temporary:
@@ -68,6 +70,14 @@ def export_onnx(
             )
     write_json(folder / REPORT, {"format": "onnx", "opset": OPSET, "tolerance": tolerance, **asdict(report)})
     return report
+
+
+def _forget_origins(proto: Any) -> None:
+    """Drop the stack traces that the exporter stores with every node: paths of this machine, and a quarter of the file."""
+    for part in (proto.graph.node, proto.graph.value_info, proto.graph.input, proto.graph.output, proto.graph.initializer):
+        for item in part:
+            del item.metadata_props[:]
+            item.ClearField("doc_string")
 
 
 class _Session:

@@ -1,0 +1,57 @@
+"""``pyra benchmark``: speed and memory against the unwrapped model, each beside its goal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pyra.scripts.cli import parse
+from pyra.tasks.options import option
+
+
+@dataclass(kw_only=True)
+class BenchmarkOptions:
+    """Options of ``pyra benchmark``."""
+
+    backbone: str = option("vit_base_patch16_224", "timm name of a model with published schedules")
+    batch_size: int = option(16, "images a forward")
+    train_batch_size: int = option(32, "images a training step")
+    rounds: int = option(5, "timed forwards of each model; the median counts")
+    train_rounds: int = option(3, "timed training steps of each model")
+    threads: int | None = option(None, "CPU threads; all by default")
+    training: bool = option(True, "measure training as well as inference")
+    output: str = option("benchmark.json", "file to write the rows to")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print a table and write the rows."""
+    options = parse(
+        BenchmarkOptions,
+        argv,
+        prog="pyra benchmark",
+        description="Measure speed and memory against the unwrapped model in one run (CPU, fp32).",
+        example="pyra benchmark --backbone vit_base_patch16_224 --batch-size 16",
+    )
+    import torch
+    from tabulate import tabulate
+
+    from pyra.files import write_json
+    from pyra.scripts.quiet import quiet_libraries
+    from pyra.tasks.benchmark import inference_rows, training_rows
+    from pyra.tasks.results import environment
+
+    quiet_libraries()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rows = inference_rows(options.backbone, options.batch_size, options.rounds)
+    if options.training:
+        rows += training_rows(options.backbone, options.train_batch_size, options.train_rounds)
+    table = [
+        (row.name, f"{row.value:.2f} x", f"{row.goal:.2f} x", "yes" if row.reached else "NO", row.detail) for row in rows
+    ]
+    print(tabulate(table, headers=("measured", "ratio", "goal", "reached", "detail")))
+    write_json(
+        options.output,
+        {"options": asdict(options), "environment": environment(), "rows": [asdict(row) for row in rows]},
+    )
+    return 0

@@ -1,0 +1,49 @@
+"""``pyra evaluate``: score and time a saved run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyra.scripts.cli import parse
+from pyra.tasks.options import option
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """Options of ``pyra evaluate``."""
+
+    run: str = option("", "folder written by pyra train")
+    split: str = option("test", "split to score")
+    batch_size: int | None = option(None, "images a forward; the run's own by default")
+    device: str = option("auto", "auto, cpu or cuda")
+    skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, evaluate, print a table and write ``evaluation.json`` into the run."""
+    options = parse(
+        EvaluateOptions,
+        argv,
+        prog="pyra evaluate",
+        description="Score a saved run as it is deployed (adapter folded, tokens merged) and time it.",
+        example="pyra evaluate runs/a",
+        positional="run",
+    )
+    from pyra.scripts.quiet import quiet_libraries
+    from pyra.tasks.evaluation import evaluate_run
+    from pyra.tasks.reports import results_table
+
+    quiet_libraries()
+    result = evaluate_run(
+        options.run,
+        split=options.split,
+        batch_size=options.batch_size,
+        device=options.device,
+        skip_broken=options.skip_broken,
+    )
+    print(results_table([result]))
+    if result.skipped_images:
+        print(f"{result.skipped_images} unreadable images were left out")
+    print(f"written to {options.run}/evaluation.json")
+    return 0

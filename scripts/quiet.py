@@ -1,0 +1,18 @@
+"""Keep libraries' chatter off the screen; warnings of our own stay."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silence progress and advice of the libraries underneath, for command-line use only."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    for name in ("timm", "torch.distributed", "torch.onnx", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(peft|timm|transformers|torch)\b")

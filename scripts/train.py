@@ -1,0 +1,31 @@
+"""``pyra train``: adapt a backbone to a task and save the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyra.scripts.cli import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, print the result as a table."""
+    from pyra.tasks.options import RunOptions
+
+    options = parse(
+        RunOptions,
+        argv,
+        prog="pyra train",
+        description="Adapt a backbone to a task, save the run, score it on the test split and time it.",
+        example="pyra train --task demo --method pyra --rate 0.7 --output runs/a",
+    )
+    from pyra.scripts.quiet import quiet_libraries
+    from pyra.tasks.reports import results_table
+    from pyra.tasks.training import train
+
+    quiet_libraries()
+    result = train(options)
+    print(results_table([result]))
+    if result.skipped_images:
+        print(f"{result.skipped_images} unreadable images were left out")
+    print(f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx")
+    return 0

@@ -1,0 +1,71 @@
+"""A run exported: compared on real test images, and timed in its own runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pyra.errors import OutputError
+from pyra.export import ExportReport, export_model, load_exported
+from pyra.files import write_json
+from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.runs import load_run, preprocessing
+from pyra.tasks.timing import take_turns
+
+
+def export_run(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    format: str = "onnx",
+    overwrite: bool = False,
+    images: int = 32,
+    tolerance: float = 1e-3,
+) -> tuple[ExportReport, dict[str, float]]:
+    """Export a run folder and compare it on images of the test split.
+
+    Returns:
+        The comparison, and images/s of the model in PyTorch and of the exported file, measured in turns.
+
+    Raises:
+        DataError, CheckpointError: where the run cannot be read.
+        OutputError: where ``folder`` holds an export and ``overwrite`` is false.
+        ExportError: where the reloaded file differs; nothing is written.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite and (folder / "export.json").is_file()):
+        hint = "pass --overwrite to replace it" if (folder / "export.json").is_file() else "choose another --output"
+        raise OutputError(f"{folder} is not empty: {hint}")
+    model, options, labels = load_run(run)
+    prepared = preprocessing(model)
+    task = load_task(options.task, options.data)
+    data = image_dataset(
+        task,
+        "test",
+        image_size=prepared.image_size,
+        mean=prepared.mean,
+        std=prepared.std,
+        skip_broken=options.skip_broken,
+        limit=images,
+    )
+    batch = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
+    metadata = {
+        "labels": "\n".join(labels),
+        "image_size": str(prepared.image_size),
+        "mean": " ".join(map(str, prepared.mean)),
+        "std": " ".join(map(str, prepared.std)),
+        "task": task.name,
+        "backbone": options.backbone,
+    }
+    report = export_model(model, folder, format, example_input=batch, tolerance=tolerance, metadata=metadata)
+    exported = load_exported(folder)
+
+    def eager() -> None:
+        with torch.inference_mode():
+            model(batch)
+
+    seconds = take_turns({"PyTorch": eager, format: lambda: exported(batch)}, rounds=5)
+    speeds = {name: len(batch) / value for name, value in seconds.items()}
+    write_json(folder / "speed.json", {"batch_size": len(batch), "images_per_second": speeds})
+    return report, speeds

@@ -1,0 +1,269 @@
+"""Merging: what is conserved, what is untouched, gradients, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pyra import MergePlan, Reactivation, match_tokens, merge_tokens, unmerge_tokens
+from pyra.matching import ORDERS, removable
+from pyra.merging import compose_source_maps, spread
+
+bounded = settings(deadline=None, max_examples=60)
+CHANNELS = 6
+
+
+@dataclass
+class Case:
+    """Tokens, their sizes (None: ones) and a plan for them."""
+
+    x: Tensor
+    size: Tensor | None
+    plan: MergePlan
+    prefix: int
+    protected: Tensor | None
+
+    def sizes(self) -> Tensor:
+        return torch.ones(*self.x.shape[:2], 1).double() if self.size is None else self.size.double()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(2, 40))
+    prefix = draw(st.integers(0, min(5, tokens)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    x = torch.randn(batch, tokens, CHANNELS, generator=generator).to(dtype)
+    if draw(st.booleans()):  # the same values, not contiguous
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    size = torch.randint(1, 200, (batch, tokens, 1), generator=generator).to(dtype) if draw(st.booleans()) else None
+    shape = draw(st.sampled_from([None, (tokens,), (batch, tokens)]))
+    protected = None if shape is None else torch.rand(shape, generator=generator) < 0.3
+    plan = match_tokens(
+        torch.randn(batch, tokens, 8, generator=generator),
+        draw(st.integers(0, removable(tokens, prefix) + 5)),
+        num_prefix_tokens=prefix,
+        protected=protected,
+        order=draw(st.sampled_from(ORDERS)),
+    )
+    return Case(x, size, plan, prefix, protected)
+
+
+@pytest.fixture
+def trained() -> Reactivation:
+    """Re-activation weights that change what they touch."""
+    return random_reactivation(4, 3).double()
+
+
+def random_reactivation(pairs: int, dim: int = CHANNELS) -> Reactivation:
+    torch.manual_seed(3)
+    weights = Reactivation(pairs, dim)
+    for parameter in weights.parameters():
+        nn.init.normal_(parameter)
+    return weights
+
+
+@bounded
+@given(cases())
+def test_sizes_and_weighted_sums_are_conserved(case: Case) -> None:
+    merged, size = merge_tokens(case.x, case.size, case.plan)
+    assert merged.dtype == case.x.dtype and size.dtype == torch.float32
+    assert merged.shape == (*case.plan.kept.shape, CHANNELS) and size.shape == (*case.plan.kept.shape, 1)
+    assert torch.equal(size.double().sum(1), case.sizes().sum(1))  # whole numbers far below 2 ** 24
+    before, after = (case.x.double() * case.sizes()).sum(1), (merged.double() * size.double()).sum(1)
+    # A destination of k sources rounds its share, k + 1 products and k sums, each by at most eps of the terms' sum.
+    most = max((int(row.bincount().max()) for row in case.plan.target), default=0) if case.plan.removed else 0
+    bound = (2 * most + 3) * torch.finfo(case.x.dtype).eps * (case.x.double().abs() * case.sizes()).sum(1)
+    assert bool(((before - after).abs() <= bound).all())
+
+
+@bounded
+@given(cases())
+def test_a_destination_is_the_weighted_mean(case: Case) -> None:
+    merged, size = merge_tokens(case.x, case.size, case.plan)
+    x, sizes = case.x.double(), case.sizes()
+    for sample, kept in enumerate(case.plan.kept.tolist()):
+        for row, position in enumerate(kept):
+            members = [position, *case.plan.source[sample][case.plan.destination[sample] == position].tolist()]
+            total = sizes[sample, members].sum(0)
+            assert size[sample, row].item() == total.item()
+            mean = (x[sample, members] * sizes[sample, members]).sum(0) / total
+            bound = 2 * len(members) * torch.finfo(case.x.dtype).eps * x[sample, members].abs().sum(0)
+            assert bool(((merged[sample, row].double() - mean).abs() <= bound).all())
+
+
+@bounded
+@given(cases(), st.booleans())
+def test_tokens_that_take_no_part_are_untouched(case: Case, reactivate: bool) -> None:
+    weights = random_reactivation(3).to(case.x.dtype) if reactivate else None
+    merged, size = merge_tokens(case.x, case.size, case.plan, weights)
+    rows = case.plan.source_map()
+    sizes = case.sizes()
+    for sample in range(len(case.x)):
+        busy = {*case.plan.source[sample].tolist(), *case.plan.destination[sample].tolist()}
+        idle = [position for position in range(case.x.shape[1]) if position not in busy]
+        mask = [] if case.protected is None else case.protected.expand(len(case.x), -1)[sample].nonzero()[:, 0].tolist()
+        assert {*range(case.prefix), *mask} <= {*idle}
+        assert torch.equal(merged[sample, rows[sample, idle]], case.x[sample, idle])
+        assert torch.equal(size[sample, rows[sample, idle]].double(), sizes[sample, idle])
+    assert torch.equal(merged[:, : case.prefix], case.x[:, : case.prefix])
+
+
+@bounded
+@given(cases(), st.booleans())
+def test_a_sample_does_not_depend_on_its_batch(case: Case, reactivate: bool) -> None:
+    weights = random_reactivation(3).to(case.x.dtype) if reactivate else None
+    merged, size = merge_tokens(case.x, case.size, case.plan, weights)
+    plan = case.plan
+    for i in range(len(case.x)):
+        one = slice(i, i + 1)
+        alone = MergePlan(plan.source[one], plan.destination[one], plan.kept[one], plan.target[one])
+        own, own_size = merge_tokens(case.x[one], None if case.size is None else case.size[one], alone, weights)
+        if weights is None:
+            assert torch.equal(own, merged[one])
+        else:  # the matrix products of the channel weights may sum in another order for another batch
+            torch.testing.assert_close(own, merged[one])
+        assert torch.equal(own_size, size[one])
+
+
+@bounded
+@given(cases(), st.integers(1, 30))
+def test_reactivation_starts_as_the_identity(case: Case, pairs: int) -> None:
+    fresh = Reactivation(pairs, CHANNELS).to(case.x.dtype)
+    merged, size = merge_tokens(case.x, case.size, case.plan, fresh)
+    plain, plain_size = merge_tokens(case.x, case.size, case.plan)
+    assert torch.equal(merged, plain) and torch.equal(size, plain_size)
+
+
+@bounded
+@given(cases())
+def test_unmerge_returns_every_token_to_its_place(case: Case) -> None:
+    merged, _ = merge_tokens(case.x, case.size, case.plan)
+    back = unmerge_tokens(merged, case.plan)
+    assert back.shape == case.x.shape
+    index = case.plan.kept.unsqueeze(2).expand(-1, -1, CHANNELS)
+    assert torch.equal(back.gather(1, index), merged)
+    for sample in range(len(back)):
+        assert torch.equal(back[sample, case.plan.source[sample]], back[sample, case.plan.destination[sample]])
+
+
+def test_trained_reactivation_changes_destinations_only(trained: Reactivation) -> None:
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    plan = match_tokens(x, 3)
+    plain, size = merge_tokens(x, None, plan)
+    merged, reactivated_size = merge_tokens(x, None, plan, trained)
+    changed = (merged != plain).any(2)
+    hit = torch.zeros_like(changed).scatter(1, plan.target, True)
+    assert torch.equal(changed, hit) and torch.equal(size, reactivated_size)
+
+
+def test_any_module_with_the_attributes_is_accepted(trained: Reactivation) -> None:
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    plan = match_tokens(x, 3)
+    lookalike = SimpleNamespace(
+        pair_weight=trained.pair_weight, channel_weight=trained.channel_weight, norm=trained.norm
+    )
+    assert torch.equal(merge_tokens(x, None, plan, lookalike)[0], merge_tokens(x, None, plan, trained)[0])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_steps_spread_to_the_tokens_that_hold_each_position(order: str) -> None:
+    x = torch.randn(2, 17, 4)
+    first = match_tokens(x, 5, order=order)
+    once, size = merge_tokens(x, None, first)
+    second = match_tokens(once, 4, order=order)
+    twice, size = merge_tokens(once, size, second)
+    source_map = compose_source_maps(compose_source_maps(None, first), second)
+    assert torch.equal(spread(twice, source_map), unmerge_tokens(unmerge_tokens(twice, second), first))
+    counts = torch.stack([row.bincount(minlength=8) for row in source_map])
+    assert torch.equal(counts[..., None].float(), size)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_gradients(sized: bool) -> None:
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    size = torch.randint(1, 5, (2, 7, 1)).double().requires_grad_() if sized else None
+    plan = match_tokens(torch.randn(2, 7, 4), 3)
+    assert plan.removed == 3
+    assert torch.autograd.gradcheck(lambda x, size: merge_tokens(x, size, plan), (x, size))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_gradients_of_reactivation(rows: int) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    size = torch.randint(1, 5, (2, 7, 1)).double()
+    plan = match_tokens(torch.randn(2, 7, 4), 3)
+    weights = random_reactivation(rows, 3).double()
+    parameters = tuple(weights.parameters())
+
+    def merge(x: Tensor, *values: Tensor) -> Tensor:
+        names = dict(zip((name for name, _ in weights.named_parameters()), values, strict=True))
+        norm = lambda pairs: nn.functional.layer_norm(pairs, (3,), names["norm.weight"], names["norm.bias"])  # noqa: E731
+        holder = SimpleNamespace(pair_weight=names["pair_weight"], channel_weight=names["channel_weight"], norm=norm)
+        return merge_tokens(x, size, plan, holder)[0]
+
+    assert torch.autograd.gradcheck(merge, (x, *parameters))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_r_zero_returns_the_tokens(order: str) -> None:
+    x = torch.randn(2, 8, 3)
+    plan = match_tokens(x, 0, num_prefix_tokens=0, order=order)
+    merged, size = merge_tokens(x, None, plan, random_reactivation(2, 3))
+    assert torch.equal(unmerge_tokens(merged, plan), x) and torch.equal(size, torch.ones(2, 8, 1))
+    if order == "sequence":
+        assert torch.equal(merged, x)
+
+
+@pytest.mark.parametrize("reactivate", [False, True])
+def test_empty_batch(reactivate: bool) -> None:
+    x = torch.randn(0, 9, 3, requires_grad=True)
+    plan = match_tokens(x, 3)
+    merged, size = merge_tokens(x, None, plan, random_reactivation(2, 3) if reactivate else None)
+    assert merged.shape == (0, 6, 3) and size.shape == (0, 6, 1)
+    assert unmerge_tokens(merged, plan).shape == (0, 9, 3)
+    merged.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sizes_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
+    x = torch.ones(1, 4, 2, dtype=dtype)
+    plan = match_tokens(torch.tensor([[[1.0, 0], [1, 0], [0, 1], [-1, 0]]]), 1, num_prefix_tokens=0, order="sequence")
+    assert (plan.source.item(), plan.destination.item()) == (0, 1)
+    merged, size = merge_tokens(x, torch.tensor([300.0, 1, 1, 1]).to(dtype).view(1, 4, 1), plan)
+    assert size[0, :, 0].tolist() == [301, 1, 1]  # bfloat16 has 300 and 302
+    for _ in range(3):
+        _, size = merge_tokens(merged, size, MergePlan(*(torch.tensor([v]) for v in ([0], [1], [1, 2], [0]))))
+        merged, size = torch.ones(1, 3, 2, dtype=dtype), torch.cat([size, torch.ones(1, 1, 1)], dim=1)
+    assert size[0, :, 0].tolist() == [304, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "message"),
+    [
+        ((9, 3), None, r"x must be \[B, N, C\] with \[B, N\] = \[2, 9\] as in the plan, got \[9, 3\]"),
+        ((2, 8, 3), None, r"x must be .* got \[2, 8, 3\]"),
+        ((1, 9, 3), None, r"x must be .* got \[1, 9, 3\]"),
+        ((2, 9, 3), (2, 9), r"size must be \[B, N, 1\] = \[2, 9, 1\], got \[2, 9\]"),
+        ((2, 8, 3), (2, 8, 1), r"x must be .* got \[2, 8, 3\]; size must be .* got \[2, 8, 1\]"),
+    ],
+)
+def test_merge_errors(x: tuple[int, ...], size: tuple[int, ...] | None, message: str) -> None:
+    plan = match_tokens(torch.randn(2, 9, 4), 2)
+    with pytest.raises(ValueError, match=f"merge_tokens: {message}"):
+        merge_tokens(torch.zeros(x), None if size is None else torch.ones(size), plan)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 9, 3), (1, 7, 3)])
+def test_unmerge_errors(shape: tuple[int, ...]) -> None:
+    plan = match_tokens(torch.randn(2, 9, 4), 2)
+    with pytest.raises(ValueError, match=r"unmerge_tokens: merged must be .* = \[2, 7\], got \[" + str(shape[0])):
+        unmerge_tokens(torch.zeros(shape), plan)
