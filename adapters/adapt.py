@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
@@ -48,9 +49,9 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
         return model
     config = copy.deepcopy(peft)
     if getattr(config, "target_modules", DEFAULT_TARGETS) is None:
-        config.target_modules = list(DEFAULT_TARGETS)  # type: ignore[attr-defined]
+        config.target_modules = list(DEFAULT_TARGETS)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
-    config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *saved})  # type: ignore[attr-defined]
+    config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *saved})
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -81,8 +82,13 @@ def fold_adapter(model: nn.Module) -> nn.Module:
 
 def trained_modules(model: nn.Module) -> list[str]:
     """Name the modules that train beside a PEFT method: the task head(s) and the re-activation modules."""
-    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
-    heads = [head for head in (heads if isinstance(heads, (tuple, list)) else [heads]) if any(True for _ in head.parameters())]
+    plain: Any = model
+    heads = plain.get_classifier() if hasattr(plain, "get_classifier") else ()
+    heads = [
+        head
+        for head in (heads if isinstance(heads, (tuple, list)) else [heads])
+        if any(True for _ in head.parameters())
+    ]
     return [
         name
         for name, module in model.named_modules()

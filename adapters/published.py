@@ -4,7 +4,7 @@
 |---|---|
 | ``blocks.i.attn.LoRA_a`` / ``LoRA_b`` | LoRA on ``blocks.i.attn.qkv`` (rank from the tensor, no scaling) |
 | ``blocks.i.adapter.ln1`` / ``ln2`` | bottleneck adapter after ``blocks.i.mlp`` |
-| ``blocks.i.pyra_a`` / ``pyra_b`` / ``pyra_norm`` | ``blocks.i.reactivation.pair_weight`` / ``channel_weight`` / ``norm`` |
+| ``blocks.i.pyra_a`` / ``pyra_b`` / ``pyra_norm`` | ``reactivation.pair_weight`` / ``channel_weight`` / ``norm`` |
 | everything else | the same name in timm |
 """
 
@@ -57,12 +57,9 @@ def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path |
         model = inject_adapter_in_model(config, model)
     own = model.state_dict()
     renamed = {_own_name(key, own): tensor for key, tensor in state.items()}
-    missing = [
-        key
-        for key in renamed
-        if key not in own and not (key.endswith(".pair_weight") and tensor_is_empty(renamed[key]))
-    ]
-    problems = [f"{key} has no place in the model" for key in missing]
+    # A layer that removes no token may have an empty W_r in the file, and has no module here.
+    placeless = [key for key, tensor in renamed.items() if key not in own and tensor.numel()]
+    problems = [f"{key} has no place in the model" for key in placeless]
     problems += [
         f"{key} is {list(tensor.shape)}, the model has {list(own[key].shape)}"
         for key, tensor in renamed.items()
@@ -85,18 +82,15 @@ def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path |
     return model
 
 
-def tensor_is_empty(tensor: Tensor) -> bool:
-    """Tell whether a tensor has no elements (a layer that removes no token)."""
-    return tensor.numel() == 0
-
-
 def _adapter_config(state: Mapping[str, Tensor]) -> PeftConfig | None:
     ranks = {tensor.shape[0] for key, tensor in state.items() if ".LoRA_a." in key}
     widths = {tensor.shape[0] for key, tensor in state.items() if ".adapter.ln1.weight" in key}
     if len(ranks) > 1 or len(widths) > 1:
         raise CheckpointError(f"the checkpoint mixes LoRA ranks {sorted(ranks)} or adapter widths {sorted(widths)}")
     if ranks and widths:
-        raise CheckpointError("the checkpoint holds both LoRA and bottleneck weights; the published code has one of them")
+        raise CheckpointError(
+            "the checkpoint holds both LoRA and bottleneck weights; the published code has one of them"
+        )
     if ranks:
         rank = ranks.pop()
         return LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])

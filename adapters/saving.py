@@ -1,8 +1,8 @@
 """The adapter folder: peft's two files, and ``pyra_config.json`` where tokens merge.
 
-    adapter_model.safetensors   PEFT weights, re-activation weights and head
-    adapter_config.json         peft's configuration (absent without a PEFT method)
-    pyra_config.json            PyraConfig and the schedule it became (absent without merging)
+adapter_model.safetensors   PEFT weights, re-activation weights and head
+adapter_config.json         peft's configuration (absent without a PEFT method)
+pyra_config.json            PyraConfig and the schedule it became (absent without merging)
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         if isinstance(model, PeftModel):
             model.save_pretrained(staging, save_embedding_layers=False)
         else:
-            trained = trained_modules(model)
-            kept = {k: v.contiguous() for k, v in model.state_dict().items() if k.rpartition(".")[0].startswith(tuple(trained))}
+            modules = dict(model.named_modules())
+            trained = {f"{name}.{key}" for name in trained_modules(model) for key in modules[name].state_dict()}
+            trained |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            kept = {k: v.contiguous() for k, v in model.state_dict().items() if k in trained}
             save_file(kept, Path(staging) / WEIGHTS)
         config = wrapped_config(model)
         if config is not None:
@@ -115,7 +117,7 @@ def _take_stored_lengths(model: nn.Module, weights: dict[str, Tensor]) -> None:
             block = name.split("blocks.")[-1].removesuffix(f".{REACTIVATION}")
             for key, tensor in stored.items():
                 if key.startswith(f"{block}.{REACTIVATION}."):
-                    own: Tensor = module.pair_weight  # type: ignore[assignment]
+                    own: Tensor = module.pair_weight
                     module.pair_weight = nn.Parameter(torch.zeros_like(tensor, dtype=own.dtype, device=own.device))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import write_json
-from pyra.matching import ORDERS
+from pyra.matching import ORDERS, Order
 from pyra.schedule import preset_schedule
 
 VERSION = 1
@@ -43,7 +43,7 @@ class PyraConfig:
     reactivation: bool = True
     proportional_attention: bool = True
     matching: str = "bipartite"
-    order: str = "grouped"
+    order: Order = "grouped"
 
     def __post_init__(self) -> None:
         """Check all fields together."""
@@ -60,7 +60,9 @@ class PyraConfig:
         for name, allowed in (("matching", MATCHINGS), ("order", ORDERS)):
             value = getattr(self, name)
             if value not in allowed:
-                problems.append(f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(str(value), allowed)}")
+                problems.append(
+                    f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(str(value), allowed)}"
+                )
         if problems:
             raise ConfigError("PyraConfig: " + "; ".join(problems))
         if self.schedule is not None:

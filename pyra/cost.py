@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def geometry_macs(geometry: Geometry, schedule: Sequence[int] | None = None) -> 
     counts = token_counts(geometry, schedule)
     projections = 4 * geometry.dim * geometry.attention_dim
     total = geometry.embedding_macs
-    for before, after in zip(counts, counts[1:], strict=False):
+    for before, after in pairwise(counts):
         total += before * projections + 2 * before * before * geometry.attention_dim + after * geometry.mlp_macs
     return total
 

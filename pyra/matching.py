@@ -115,7 +115,7 @@ def match_tokens(
             kept = torch.cat([kept_even, kept_odd], dim=1).sort(dim=1).values
             return MergePlan(source, destination, kept, torch.searchsorted(kept, destination.contiguous()))
         # Prefix tokens lead; even ones are never sources, so they head `kept_even` in order.
-        p = num_prefix_tokens
+        p = min(num_prefix_tokens, tokens)
         prefix = torch.arange(p, device=features.device).expand(batch, -1)
         kept = torch.cat([prefix, kept_even[:, (p + 1) // 2 :], kept_odd[:, p // 2 :]], dim=1)
         first_odd = kept.shape[1] - (odd.shape[0] - p // 2)  # output row of the first odd token after the prefix

@@ -62,7 +62,7 @@ def merge_tokens(
     stay = (kept_size / merged_size).to(x.dtype)
     share = (source_size / merged_size.index_select(0, target)).to(x.dtype)
     merged = (tokens.index_select(0, kept) * stay).index_add(0, target, moved.to(x.dtype) * share)
-    return merged.reshape(batch, -1, channels), merged_size.reshape(batch, -1, 1)
+    return merged.reshape(*plan.kept.shape, channels), merged_size.reshape(*plan.kept.shape, 1)
 
 
 def unmerge_tokens(merged: Tensor, plan: MergePlan) -> Tensor:

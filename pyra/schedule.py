@@ -118,7 +118,9 @@ def solve_schedule(geometry: Geometry, rate: float | None = None, macs: int | No
     smallest = _schedule(geometry, _MAX_BEND, 1.0)
     if cost(smallest) > target:
         most = 1 - cost(smallest) / plain
-        raise ScheduleError(f"merging can save at most {most:.3f} of this model's MACs, asked for {1 - target / plain:.3f}")
+        raise ScheduleError(
+            f"merging can save at most {most:.3f} of this model's MACs, asked for {1 - target / plain:.3f}"
+        )
     if cost(_schedule(geometry, 0.0, 1.0)) <= target:
         return _bisect(lambda t: _schedule(geometry, 0.0, t), cost, target, 0.0, 1.0)
     return _bisect(lambda bend: _schedule(geometry, bend, 1.0), cost, target, 0.0, _MAX_BEND)

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tabulate import tabulate
 
     from pyra.files import write_json
-    from pyra.scripts.quiet import quiet_libraries
     from pyra.tasks.benchmark import inference_rows, training_rows
+    from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.results import environment
 
     quiet_libraries()
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.training:
         rows += training_rows(options.backbone, options.train_batch_size, options.train_rounds)
     table = [
-        (row.name, f"{row.value:.2f} x", f"{row.goal:.2f} x", "yes" if row.reached else "NO", row.detail) for row in rows
+        (row.name, f"{row.value:.2f} x", f"{row.goal:.2f} x", "yes" if row.reached else "NO", row.detail)
+        for row in rows
     ]
     print(tabulate(table, headers=("measured", "ratio", "goal", "reached", "detail")))
     write_json(

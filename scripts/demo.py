@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Adapt a small vision transformer to ten kinds of clothing in four ways, and compare them.",
         example="pyra demo --output demo",
     )
-    from pyra.scripts.quiet import quiet_libraries
     from pyra.tasks.demonstration import DemoSettings, demonstrate
+    from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
 
     quiet_libraries()

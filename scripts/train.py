@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Adapt a backbone to a task, save the run, score it on the test split and time it.",
         example="pyra train --task demo --method pyra --rate 0.7 --output runs/a",
     )
-    from pyra.scripts.quiet import quiet_libraries
+    from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
     from pyra.tasks.training import train
 
@@ -27,5 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(results_table([result]))
     if result.skipped_images:
         print(f"{result.skipped_images} unreadable images were left out")
-    print(f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx")
+    print(
+        f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx"
+    )
     return 0

@@ -14,13 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyra.adapters import adapt
+from pyra.adapters.methods import peft_config
 from pyra.backbones import macs, wrap
-from pyra.backbones.loading import create_backbone
+from pyra.backbones.loading import create_backbone, preprocessing
 from pyra.config import PyraConfig
 from pyra.tasks.data import image_dataset, load_task
 from pyra.tasks.timing import take_turns, throughput
@@ -53,7 +53,9 @@ class BenchmarkRow:
 def inference_rows(backbone: str, batch_size: int, rounds: int) -> list[BenchmarkRow]:
     """Forward speed of both published schedules over the plain model, fp32, in turns."""
     plain = _backbone(backbone).eval()
-    models = {"plain": plain} | {level: wrap(copy.deepcopy(plain), PyraConfig.paper(backbone, level)) for level in LEVELS}
+    models = {"plain": plain} | {
+        level: wrap(copy.deepcopy(plain), PyraConfig.paper(backbone, level)) for level in LEVELS
+    }
     speeds = throughput(models, _images(plain, batch_size), rounds=rounds)
     rows = []
     for level in LEVELS:
@@ -61,7 +63,9 @@ def inference_rows(backbone: str, batch_size: int, rounds: int) -> list[Benchmar
         speedup = speeds[level] / speeds["plain"]
         detail = f"{speeds[level]:.1f} against {speeds['plain']:.1f} images/s; MACs ratio {ratio:.2f}"
         rows.append(
-            BenchmarkRow(f"forward, {level}", speedup, INFERENCE_GOAL * ratio, speedup >= INFERENCE_GOAL * ratio, detail)
+            BenchmarkRow(
+                f"forward, {level}", speedup, INFERENCE_GOAL * ratio, speedup >= INFERENCE_GOAL * ratio, detail
+            )
         )
     return rows
 
@@ -98,7 +102,7 @@ def _backbone(name: str) -> nn.Module:
 
 
 def _images(model: nn.Module, count: int) -> Tensor:
-    side = model.patch_embed.img_size[0]  # type: ignore[union-attr]
+    side = preprocessing(model).image_size
     data = image_dataset(
         load_task("demo"), "test", image_size=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), limit=count
     )
@@ -109,7 +113,7 @@ def _training_step(backbone: str, name: str, batch_size: int) -> Callable[[], No
     config = PyraConfig.paper(backbone, "high") if name == "pyra" else None
     plain = _backbone(backbone)
     images = _images(plain, batch_size)
-    model = adapt(plain, pyra=config, peft=LoraConfig(r=8, lora_alpha=8)).train()
+    model = adapt(plain, pyra=config, peft=peft_config("lora", 8)).train()
     labels = torch.arange(batch_size) % 100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import set_seed
 
 from pyra.backbones.timm_vit import source_maps
 from pyra.export import ExportReport
-from pyra.files import write_json, write_text
+from pyra.files import atomic_path, write_json, write_text
 from pyra.tasks.data import ImageDataset, load_task
 from pyra.tasks.exporting import export_run
 from pyra.tasks.options import RunOptions
@@ -118,24 +119,20 @@ def _timed_together(
     batch = torch.stack([data[i]["pixel_values"] for i in range(min(batch_size, len(data)))]).to(device)
     speeds = throughput(models, batch, rounds=9)
     return [
-        dataclasses.replace(
-            row, images_per_second=speeds[row.method], speedup=speeds[row.method] / speeds["lora"]
-        )
+        dataclasses.replace(row, images_per_second=speeds[row.method], speedup=speeds[row.method] / speeds["lora"])
         for row in rows
     ]
 
 
-def _picture(model: nn.Module, data: ImageDataset, path: Path) -> None:
+def _picture(model: Any, data: ImageDataset, path: Path) -> None:
     """Draw what merged in a few test images of different classes."""
-    from pyra.files import atomic_path
-
     first = {label: index for index, label in reversed(list(enumerate(data.labels)))}
     chosen = [first[label] for label in sorted(first)][:PICTURED]
     batch = torch.stack([data[i]["pixel_values"] for i in chosen])
-    maps = source_maps(model.cpu(), batch)  # type: ignore[arg-type]
+    maps = source_maps(model.cpu(), batch)
     prefix = model.num_prefix_tokens
     layers = sorted({len(maps) // 6, len(maps) // 3, len(maps) - 1})
-    rows, columns = model.patch_embed.grid_size  # type: ignore[union-attr]
+    rows, columns = model.patch_embed.grid_size
     picture = merged_tokens_picture(
         [data.image(i) for i in chosen],
         [[maps[layer][row, prefix:] for layer in layers] for row in range(len(chosen))],

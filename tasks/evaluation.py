@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pyra.errors import DataError
 from pyra.backbones import macs, unwrap, wrapped_schedule
+from pyra.backbones.loading import preprocessing
+from pyra.errors import DataError
 from pyra.files import write_json
 from pyra.tasks.data import image_dataset, load_task
 from pyra.tasks.metrics import load_metric
 from pyra.tasks.results import RunResult, environment, read_result
-from pyra.tasks.runs import DTYPES, load_run, preprocessing, resolve_device
+from pyra.tasks.runs import DTYPES, load_run, resolve_device
 from pyra.tasks.timing import throughput
 
 
@@ -123,9 +124,7 @@ def evaluate_run(
     )
     model = model.to(target)
     batch_size = batch_size or options.batch_size
-    value = score(
-        model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype]
-    )
+    value = score(model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])
     batch = torch.stack([data[i]["pixel_values"] for i in range(min(batch_size, len(data)))])
     measured = measure(model, batch.to(target))
     result = dataclasses.replace(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from pyra.backbones.loading import preprocessing
 from pyra.errors import OutputError
 from pyra.export import ExportReport, export_model, load_exported
 from pyra.files import write_json
 from pyra.tasks.data import image_dataset, load_task
-from pyra.tasks.runs import load_run, preprocessing
+from pyra.tasks.runs import load_run
 from pyra.tasks.timing import take_turns
 
 

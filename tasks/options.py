@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
-
-from pyra.adapters import BottleneckConfig
+from pyra.adapters.methods import peft_config
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError, did_you_mean
 
@@ -40,7 +38,9 @@ class RunOptions:
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     method: str = option("pyra", "how to adapt", choices=tuple(METHODS))
     rate: float | None = option(None, "share of the MACs to save by merging tokens, in [0, 1)")
-    schedule: list[int] | None = option(None, "tokens removed in each block, instead of --rate: 16,16,16,...")
+    schedule: list[int] | None = option(  # noqa: RUF009 - a dataclass field
+        None, "tokens removed in each block, instead of --rate: 16,16,16,..."
+    )
     rank: int = option(8, "rank of LoRA, width of the bottleneck adapter")
     dropout: float = option(0.1, "dropout in the adapter")
     drop_path: float = option(0.1, "stochastic depth rate of the backbone")
@@ -64,7 +64,9 @@ class RunOptions:
         if self.task is not None and self.data is not None:
             problems.append("give --task or --data, not both")
         if self.method not in METHODS:
-            problems.append(f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}")
+            problems.append(
+                f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}"
+            )
         given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
         if self.method in MERGING and len(given) != 1:
             problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
@@ -97,10 +99,10 @@ class RunOptions:
             return None
         return PyraConfig(rate=self.rate, schedule=self.schedule, reactivation=self.method == "pyra")
 
-    def peft_config(self) -> PeftConfig | None:
+    def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
         if self.method in ("lora", *MERGING):
-            return LoraConfig(r=self.rank, lora_alpha=self.rank, lora_dropout=self.dropout, target_modules=["qkv"])
+            return peft_config("lora", self.rank, self.dropout)
         if self.method == "adapter":
-            return BottleneckConfig(width=self.rank, dropout=self.dropout)
+            return peft_config("bottleneck", self.rank, self.dropout)
         return None

@@ -1,22 +1,21 @@
 """From options to a model, and from a run folder back to it.
 
-    run/
-      result.json     the result (pyra.tasks.results)
-      options.json    the options it was made with
-      labels.json     the class names
-      adapter/        what was trained (pyra.adapters.saving)
+run/
+result.json     the result (pyra.tasks.results)
+options.json    the options it was made with
+labels.json     the class names
+adapter/        what was trained (pyra.adapters.saving)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
@@ -29,15 +28,6 @@ DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPTIONS, _LABELS = "options.json", "labels.json"
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes the backbone's input: squashed to ``image_size``, then normalised."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,16 +58,6 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
     if options.method == "full":
         return model
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
-
-
-def preprocessing(model: nn.Module) -> Preprocessing:
-    """Return the preprocessing a timm model was pretrained with, at its present image size."""
-    backbone: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    config = resolve_model_data_config(backbone)
-    height, width = backbone.patch_embed.img_size
-    if height != width:
-        raise ConfigError(f"the backbone takes {height} x {width} images; only square ones are prepared here")
-    return Preprocessing(height, tuple(config["mean"]), tuple(config["std"]))
 
 
 def save_run(folder: Path, options: RunOptions, labels: Sequence[str]) -> None:

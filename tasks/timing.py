@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 
-def throughput(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 5, warmup: int = 1) -> dict[str, float]:
+def throughput(
+    models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 5, warmup: int = 1
+) -> dict[str, float]:
     """Measure images/s of several models on the same batch, in turns.
 
     Args:

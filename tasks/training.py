@@ -24,13 +24,14 @@ from transformers import (
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.adapt import REACTIVATION
+from pyra.backbones.loading import preprocessing
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, image_dataset, load_task
 from pyra.tasks.evaluation import measure, score
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import claim_output
 from pyra.tasks.results import RunResult, environment
-from pyra.tasks.runs import ADAPTER, DTYPES, new_model, preprocessing, resolve_device, save_run
+from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
 
 PROTOCOL = "last epoch, test split scored once"
 

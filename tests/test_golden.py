@@ -25,7 +25,8 @@ GRADIENTS = {"atol": 1e-4, "rtol": 1e-3}
 def test_merge_case(index: int) -> None:
     case = CASES[index]
     prefix = f"case{index}."
-    tensors = {k.removeprefix(prefix): v for k, v in load_file(GOLDEN / "merge_cases.safetensors").items() if k.startswith(prefix)}
+    stored = load_file(GOLDEN / "merge_cases.safetensors")
+    tensors = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     x = tensors["x"].requires_grad_()
     reactivation = None
     if case["reactivation"]:

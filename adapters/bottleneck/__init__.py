@@ -9,8 +9,8 @@ from pyra.adapters.bottleneck.config import PEFT_TYPE, BottleneckConfig
 from pyra.adapters.bottleneck.layer import Bottleneck, BottleneckLayer
 from pyra.adapters.bottleneck.model import BottleneckModel
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = BottleneckConfig  # type: ignore[index]
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel  # type: ignore[index]
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix  # type: ignore[index]
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = BottleneckConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BottleneckModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = BottleneckModel.prefix
 
 __all__ = ["Bottleneck", "BottleneckConfig", "BottleneckLayer", "BottleneckModel"]

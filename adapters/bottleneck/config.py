@@ -27,7 +27,9 @@ class BottleneckConfig(PeftConfig):
 
     width: int = field(default=8, metadata={"help": "hidden channels"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the hidden channels"})
-    target_modules: list[str] | str | None = field(default_factory=lambda: ["mlp"], metadata={"help": "adapted modules"})
+    target_modules: list[str] | str | None = field(
+        default_factory=lambda: ["mlp"], metadata={"help": "adapted modules"}
+    )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules left out"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "blocks to adapt"})
@@ -36,7 +38,7 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Set the PEFT type and check the numbers."""
         super().__post_init__()
-        self.peft_type = PEFT_TYPE  # type: ignore[assignment]
+        self.peft_type = PEFT_TYPE
         if self.width < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
                 f"BottleneckConfig: width must be positive and dropout in [0, 1), got {self.width} and {self.dropout}"

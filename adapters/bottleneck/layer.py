@@ -35,6 +35,11 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     part of the base layer instead, with equal outputs.
     """
 
+    base_layer: Any  # what follows comes from peft, which has no annotations
+    bottleneck_layers: nn.ModuleDict
+    _move_adapter_to_device_of_base_layer: Any
+    set_adapter: Any
+    active_adapters: Any
     adapter_layer_names = ("bottleneck_layers",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
@@ -47,13 +52,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add the bottleneck of one more adapter."""
-        weights = [m for m in self.base_layer.modules() if hasattr(m, "out_features") and hasattr(m, "weight")]
+        modules: list[Any] = list(self.base_layer.modules())
+        weights = [m for m in modules if hasattr(m, "out_features") and hasattr(m, "weight")]
         if not weights:
             raise ValueError(f"{type(self.base_layer).__name__} has no linear layer that gives its output width")
         last = weights[-1]
-        bottleneck = Bottleneck(int(last.out_features), config.width, config.dropout)  # type: ignore[call-overload]
+        bottleneck = Bottleneck(int(last.out_features), config.width, config.dropout)
         self.bottleneck_layers[adapter_name] = bottleneck
-        self._move_adapter_to_device_of_base_layer(adapter_name, device=last.weight.device)  # type: ignore[union-attr]
+        self._move_adapter_to_device_of_base_layer(adapter_name, device=last.weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -66,7 +72,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """Undo :meth:`merge`."""
         while self.merged_adapters:
             self.merged_adapters.pop()
-            self.base_layer = self.base_layer[0]  # type: ignore[index]
+            self.base_layer = self.base_layer[0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer and the active bottlenecks on ``x`` [..., C]."""

@@ -163,4 +163,4 @@ def family_of(model: nn.Module) -> ModuleType:
 
 def _backbone(model: nn.Module) -> nn.Module:
     """Return the model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -5,6 +5,10 @@ The one module beside ``timm_*`` that imports timm, because it creates models.
 
 from __future__ import annotations
 
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -54,6 +59,9 @@ def create_backbone(
     elif name.split(".")[0] not in timm.list_models():
         close = did_you_mean(name.split(".")[0], timm.list_models())
         raise ConfigError(f"unknown backbone {name!r}{close}; give a timm name (timm.list_models()) or a folder")
+    elif "." in name and name not in timm.list_pretrained(f"{name.split('.')[0]}*"):
+        tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise ConfigError(f"unknown pretrained tag in {name!r}{did_you_mean(name, tags)}; there are {', '.join(tags)}")
     if image_size is not None:
         kwargs["img_size"] = image_size
     try:
@@ -64,11 +72,33 @@ def create_backbone(
         if not pretrained or checkpoint is not None:
             raise
         raise ConfigError(
-            f"the weights of {name!r} could not be had ({' '.join(str(error).split())[:300]}); give a local file with --checkpoint"
+            f"the weights of {name!r} could not be had ({' '.join(str(error).split())[:300]}); "
+            "give a local file with --checkpoint"
         ) from None
+    _check_image_size(model, image_size)
     if checkpoint is not None:
         load_backbone_checkpoint(model, checkpoint)
     return model
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the backbone's input: squashed to ``image_size``, then normalised."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """Return the preprocessing a timm model was pretrained with, at its present image size."""
+    plain: Any = model
+    backbone = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    config = resolve_model_data_config(backbone)
+    height, width = backbone.patch_embed.img_size
+    if height != width:
+        raise ConfigError(f"the backbone takes {height} x {width} images; only square ones are prepared here")
+    return Preprocessing(height, tuple(config["mean"]), tuple(config["std"]))
 
 
 def load_backbone_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -122,14 +152,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if path.suffix not in (".pth", ".pt", ".bin"):
             raise CheckpointError(f"{path}: unknown kind {path.suffix!r}; use .safetensors, .npz, .pth, .pt or .bin")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable {path.suffix} file ({' '.join(str(error).split())[:200]})") from None
-    except Exception as error:  # torch.load raises its unpickler's and zip reader's errors as they come
+    except (CheckpointError, pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
-            f"{path}: cannot be read without running code from it ({type(error).__name__}); "
-            "convert it to .safetensors where you trust it"
+            f"{path}: cannot be read without running code from it; convert it to .safetensors where you trust it"
+        ) from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: not a readable {path.suffix} file ({' '.join(str(error).split())[:200]})"
         ) from None
     for key in _NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -140,10 +171,28 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
 
 
+def _check_image_size(model: nn.Module, image_size: int | None) -> None:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if image_size is not None and patch is not None and any(image_size % side for side in patch):
+        raise ConfigError(f"image size {image_size} is not a multiple of the patch size {patch[0]}")
+
+
+def _npz_blocks(arrays: dict[str, Tensor]) -> int:
+    """Blocks in an AugReg file: one set of arrays each, or one stacked set."""
+    numbers = {int(m[1]) for key in arrays if (m := re.search(r"encoderblock_(\d+)/", key))}
+    stacked = next((len(v) for k, v in arrays.items() if "/encoderblock/" in k), 0)
+    return len(numbers) or stacked
+
+
 def _load_npz(model: nn.Module, path: Path) -> None:
     arrays = read_state_dict(path)
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(f"{path}: .npz weights (AugReg) fit timm's VisionTransformer only")
+    blocks = _npz_blocks(arrays)
+    if blocks != len(model.blocks):
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: it has {blocks} blocks, the model has {len(model.blocks)}"
+        )
     width = next((tuple(v.shape) for k, v in arrays.items() if k.endswith("embedding/kernel")), None)
     try:
         model.load_pretrained(str(path))

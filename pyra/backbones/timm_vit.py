@@ -29,33 +29,42 @@ class TokenStream(NamedTuple):
 
     Attributes:
         tokens: [B, N, C].
-        size: [B, N, 1] patches each token stands for.
-        source_map: [B, N0] row that holds each original token; None unless the last block spreads them out again.
+        size: [B, N, 1] patches each token stands for; None while that is one.
+        source_map: [B, N0] row that holds each original token; None while that is its own.
     """
 
     tokens: Tensor
-    size: Tensor
+    size: Tensor | None
     source_map: Tensor | None
 
 
 class MergingBlock(nn.Module):
     """timm's ``Block`` with merging between attention and MLP.
 
-    Modifications against ``Block``: takes tokens [B, N, C] or a :class:`TokenStream` and returns a stream (the last
-    block: tokens); adds the size bias; merges ``removed`` tokens; ``spread_out`` returns one row for each original
-    token.
+    Modifications against ``Block``: takes tokens [B, N, C] or a :class:`TokenStream`; adds the size bias; merges
+    ``removed`` tokens; returns a stream. The last block (the one with ``model``) returns tokens: those left, where the
+    model pools by class token, else one row for each original token, which weights every pooling by size.
     """
 
-    def __init__(self, block: Block, removed: int, prefix: int, config: PyraConfig, *, last: bool, spread_out: bool):
+    norm1: nn.Module
+    attn: nn.Module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
+    def __init__(self, block: Block, removed: int, prefix: int, config: PyraConfig, model: VisionTransformer | None):
         super().__init__()
         for name, child in block.named_children():
             self.add_module(name, child)
         self.removed = removed
         self.prefix = prefix
         self.config = config
-        self.last = last
-        self.spread_out = spread_out
-        self.replaced = (block,)  # in a tuple: not a child, but copied and pickled along
+        # In tuples: no children, but copied and pickled along.
+        self.replaced = (block,)
+        self.model = (model,)
         if removed and config.reactivation:
             weight = next(block.parameters())
             dim = block.norm1.normalized_shape[0]
@@ -79,12 +88,12 @@ class MergingBlock(nn.Module):
                 attention.keys().mean(dim=1), self.removed, num_prefix_tokens=self.prefix, order=self.config.order
             )
             tokens, size = merge_tokens(tokens, size, plan, getattr(self, "reactivation", None))
-            if self.spread_out:
-                source_map = compose_source_maps(source_map, plan)
+            source_map = compose_source_maps(source_map, plan)
         tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
-        if not self.last:
+        (model,) = self.model
+        if model is None:
             return TokenStream(tokens, size, source_map)
-        return tokens if source_map is None else spread(tokens, source_map)
+        return tokens if source_map is None or _pools_by_class_token(model) else spread(tokens, source_map)
 
     def extra_repr(self) -> str:
         """Return what is shown in ``print(model)``."""
@@ -108,7 +117,13 @@ class KeyReader:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Attend over ``x`` [B, N, C] with ``bias`` [B, 1, 1, N] added to the scores."""
-        output: Tensor = type(self._attention).forward(self, x, attn_mask=bias)  # type: ignore[arg-type]
+        # The module's own hooks run as in any call: `_call_impl` finds them, as everything else, on the module.
+        output: Tensor = nn.Module._call_impl(self, x, attn_mask=bias)  # type: ignore[arg-type]
+        return output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the module's own forward with this object as ``self``."""
+        output: Tensor = type(self._attention).forward(self, *args, **kwargs)
         return output
 
     def k_norm(self, keys: Tensor) -> Tensor:
@@ -127,15 +142,13 @@ def wrap_blocks(model: VisionTransformer, schedule: list[int], config: PyraConfi
     check_supported(model)
     first = next(layer for layer, removed in enumerate(schedule) if removed)
     last = len(model.blocks) - 1
-    spread_out = model.attn_pool is not None or model.global_pool != "token"
     for layer in range(first, last + 1):
         model.blocks[layer] = MergingBlock(
             model.blocks[layer],
             schedule[layer],
             model.num_prefix_tokens,
             config,
-            last=layer == last,
-            spread_out=spread_out,
+            model if layer == last else None,
         )
 
 
@@ -146,13 +159,14 @@ def unwrap_blocks(model: VisionTransformer) -> None:
             (original,) = block.replaced
             for name in original._modules:
                 setattr(original, name, getattr(block, name))
+            original.training = block.training
             model.blocks[layer] = original
 
 
 def geometry(model: nn.Module, input_size: int | tuple[int, int] | None) -> Geometry:
     """Sizes of the model at ``input_size`` pixels (None: its own)."""
-    model = check_supported(model)
-    patch = model.patch_embed
+    plain: Any = check_supported(model)
+    patch = plain.patch_embed
     height, width = patch.patch_size
     if input_size is None:
         rows, columns = patch.grid_size
@@ -161,13 +175,13 @@ def geometry(model: nn.Module, input_size: int | tuple[int, int] | None) -> Geom
         if size[0] % height or size[1] % width or min(size) <= 0:
             raise ValueError(f"input size {size} is not a multiple of the patch size {height} x {width}")
         rows, columns = size[0] // height, size[1] // width
-    block = model.blocks[0]
+    block = plain.blocks[0]
     patches = rows * columns
     return Geometry(
-        depth=len(model.blocks),
-        tokens=patches + model.num_prefix_tokens,
-        prefix_tokens=model.num_prefix_tokens,
-        dim=model.embed_dim,
+        depth=len(plain.blocks),
+        tokens=patches + plain.num_prefix_tokens,
+        prefix_tokens=plain.num_prefix_tokens,
+        dim=plain.embed_dim,
         attention_dim=block.attn.attn_dim,
         mlp_macs=_linear_macs(block.mlp),
         head_dim=block.attn.head_dim,
@@ -203,7 +217,11 @@ def _obstacle(model: nn.Module) -> str | None:
     return None
 
 
-def _linear_macs(module: nn.Module) -> int:
+def _pools_by_class_token(model: VisionTransformer) -> bool:
+    return model.attn_pool is None and model.global_pool == "token"
+
+
+def _linear_macs(module: Any) -> int:
     """MACs of the linear layers in ``module`` for one token; PEFT layers count as the layer they stand for."""
     if hasattr(module, "get_base_layer"):
         module = module.get_base_layer()
@@ -226,7 +244,7 @@ def source_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
     maps: list[Tensor] = []
     for block in traced.blocks:
         if isinstance(block, MergingBlock):
-            block.last, block.spread_out = False, True
+            block.model = (None,)
             block.register_forward_hook(lambda _module, _inputs, stream: maps.append(stream.source_map))
     traced.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0].tokens,))
     with torch.inference_mode():

@@ -45,7 +45,9 @@ def export_model(
         ExportError: the reloaded model differs; no file that looks finished is left.
     """
     if format not in FORMATS:
-        raise ConfigError(f"unknown export format {format!r}{did_you_mean(format, FORMATS)}; there is {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"unknown export format {format!r}{did_you_mean(format, FORMATS)}; there is {', '.join(FORMATS)}"
+        )
     from pyra.export.onnx import export_onnx
 
     return export_onnx(model, Path(folder), example_input, tolerance, metadata or {})

@@ -35,9 +35,8 @@ def export_onnx(
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise ConfigError(f"ONNX export needs {error.name}: pip install 'pyra-adapt[onnx]'") from None
-    model = copy.deepcopy(model).float().cpu().eval()
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+    copied: Any = copy.deepcopy(model).float().cpu().eval()
+    model = copied.merge_and_unload() if hasattr(copied, "merge_and_unload") else copied
     example = example.detach().float().cpu()
     with torch.no_grad():
         expected = model(example)
@@ -73,8 +72,14 @@ def export_onnx(
 
 
 def _forget_origins(proto: Any) -> None:
-    """Drop the stack traces that the exporter stores with every node: paths of this machine, and a quarter of the file."""
-    for part in (proto.graph.node, proto.graph.value_info, proto.graph.input, proto.graph.output, proto.graph.initializer):
+    """Drop the stack traces that the exporter stores with every node: they name paths of the exporting machine."""
+    for part in (
+        proto.graph.node,
+        proto.graph.value_info,
+        proto.graph.input,
+        proto.graph.output,
+        proto.graph.initializer,
+    ):
         for item in part:
             del item.metadata_props[:]
             item.ClearField("doc_string")

@@ -1,0 +1,128 @@
+"""From options to a run folder and back, on a tiny backbone and real pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pyra.errors import ConfigError, DataError, OutputError, ScheduleError
+from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.options import METHODS, RunOptions
+from pyra.tasks.results import read_result
+from pyra.tasks.runs import load_run, new_model
+from pyra.tasks.training import parameter_groups, train
+
+
+def options(backbone: Path, output: Path, **changes: Any) -> RunOptions:
+    settings = {"method": "pyra", "epochs": 1, "limit": 40, "batch_size": 8, "device": "cpu", **changes}
+    if settings["method"] in ("tome", "pyra") and "schedule" not in settings:
+        settings.setdefault("rate", 0.5)
+    return RunOptions(backbone=str(backbone), output=str(output), **settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    result = train(options(tiny_backbone, tmp_path / "run", method=method))
+    assert read_result(tmp_path / "run") == result
+    assert result.method == method
+    assert result.num_test == 40
+    assert 0 <= result.value <= 1
+    merges = method in ("tome", "pyra")
+    assert (result.rate > 0.49) == merges
+    assert any(result.schedule) == merges
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == [
+        "adapter",
+        "labels.json",
+        "options.json",
+        "result.json",
+    ]
+    again = evaluate_run(tmp_path / "run", device="cpu")
+    assert again.value == pytest.approx(result.value)
+    assert (tmp_path / "run" / "evaluation.json").is_file()
+    model, _, labels = load_run(tmp_path / "run")
+    assert len(labels) == 10
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_same_seed_same_weights(tiny_backbone: Path, tmp_path: Path) -> None:
+    weights = []
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        train(options(tiny_backbone, tmp_path / name, seed=seed))
+        weights.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_reactivation_learning_rate_applies(tiny_backbone: Path, tmp_path: Path) -> None:
+    """The published code filters on a wrong name, so that its option never applies."""
+    settings = options(tiny_backbone, tmp_path, lr=1e-3, reactivation_lr=7e-2)
+    model = new_model(settings, 10)
+    groups = parameter_groups(model, settings)
+    names = {id(p): n for n, p in model.named_parameters()}
+    fast = {names[id(p)] for group in groups if group["lr"] == 7e-2 for p in group["params"]}
+    slow = {names[id(p)] for group in groups if group["lr"] == 1e-3 for p in group["params"]}
+    assert fast
+    assert all("reactivation" in name for name in fast)
+    assert not any("reactivation" in name for name in slow)
+    assert fast | slow == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_training_lowers_the_loss(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Thirty epochs on forty pictures: the training pictures are told apart far above chance."""
+    train(options(tiny_backbone, tmp_path / "run", epochs=30, lr=1e-2, dropout=0.0, drop_path=0.0))
+    assert evaluate_run(tmp_path / "run", split="train", device="cpu").value > 0.5
+
+
+def test_an_earlier_run_is_kept(tiny_backbone: Path, tmp_path: Path) -> None:
+    train(options(tiny_backbone, tmp_path / "run"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(OutputError, match="--overwrite"):
+        train(options(tiny_backbone, tmp_path / "run"))
+    with pytest.raises(ScheduleError, match="block 0 removes 60"):
+        train(options(tiny_backbone, tmp_path / "run", schedule=[60, 0, 0], overwrite=True))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    train(options(tiny_backbone, tmp_path / "run", overwrite=True, method="linear"))
+    assert read_result(tmp_path / "run").method == "linear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"task": "demmo"}, DataError, "did you mean 'demo'"),
+        ({"backbone": "vit_bas_patch16_224"}, ConfigError, "did you mean 'vit_base_patch16_224'"),
+        ({"rate": 0.99}, ScheduleError, "can save at most"),
+        ({"schedule": [1, 1]}, ScheduleError, "2 entries, the model has 3 blocks"),
+        ({"image_size": 30}, ConfigError, "30 is not a multiple of the patch size 4"),
+    ],
+)
+def test_wrong_input_touches_nothing(
+    changes: dict[str, Any], error: type[Exception], message: str, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    backbone = Path(changes.pop("backbone", tiny_backbone))
+    with pytest.raises(error, match=message):
+        train(options(backbone, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_option_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunOptions(method="lora", rate=0.5, epochs=0, lr=-1, device="tpu", task="demo", data="x")
+    for part in ("merges no tokens", "--epochs", "--lr", "'tpu'", "not both"):
+        assert part in str(caught.value)
+    with pytest.raises(ConfigError, match="exactly one of --rate and --schedule"):
+        RunOptions(method="pyra")
+
+
+def test_unfinished_or_foreign_folders(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no finished run"):
+        evaluate_run(tmp_path)
+    train(options(tiny_backbone, tmp_path / "run"))
+    stored = json.loads((tmp_path / "run" / "options.json").read_text())
+    (tmp_path / "run" / "options.json").write_text(json.dumps({**stored, "epoch": 3}))
+    with pytest.raises(DataError, match="'epoch' \\(did you mean 'epochs'"):
+        evaluate_run(tmp_path / "run")
