@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY) ## adapt the demo backbone four times, write demo/ (about 5 minutes on 2 cores)
-	$(BIN)/pyra demo
+	$(BIN)/pyra demo --overwrite
 
 test: $(READY) ## the quick tests; MARKS="..." selects others
 	$(BIN)/pytest -q -n $(WORKERS) -m "$(MARKS)"

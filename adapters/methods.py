@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peft import LoraConfig, PeftConfig
 
 from pyra.adapters.adapt import DEFAULT_TARGETS
@@ -11,19 +13,20 @@ from pyra.errors import ConfigError, did_you_mean
 PEFT_METHODS = ("lora", "bottleneck")
 
 
-def peft_config(method: str, rank: int, dropout: float = 0.0) -> PeftConfig:
+def peft_config(method: str, rank: int, dropout: float = 0.0, targets: Sequence[str] = DEFAULT_TARGETS) -> PeftConfig:
     """Return the configuration of a PEFT method as the paper uses it (arXiv 2403.09192, section 4).
 
     Args:
-        method: ``"lora"`` (on the fused qkv, update not scaled) or ``"bottleneck"`` (after each MLP).
+        method: ``"lora"`` (update not scaled) or ``"bottleneck"`` (after each MLP).
         rank: rank of LoRA, width of the bottleneck.
         dropout: dropout in the adapter.
+        targets: modules that LoRA adapts; the paper takes the fused qkv.
 
     Raises:
         ConfigError: for another method.
     """
     if method == "lora":
-        return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=list(DEFAULT_TARGETS))
+        return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=list(targets))
     if method == "bottleneck":
         return BottleneckConfig(width=rank, dropout=dropout)
     raise ConfigError(

@@ -18,12 +18,12 @@ what was measured.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -34,6 +34,7 @@ from timm.models import VisionTransformer, save_for_hf
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pyra.files import write_json, write_text
 from pyra.scripts.cli import parse
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -127,7 +128,7 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
     return hits / len(images)
 
 
-def train(options: PretrainOptions) -> dict[str, object]:
+def train(options: PretrainOptions) -> dict[str, Any]:
     """Run both phases and write the model folder; returns the record stored as ``training.json``."""
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
@@ -150,7 +151,7 @@ def train(options: PretrainOptions) -> dict[str, object]:
         final_div_factor=100,
     )
     patch_drop, started, log = model.patch_drop, time.perf_counter(), []
-    record: dict[str, object] = {}
+    record: dict[str, Any] = {}
     for epoch in range(epochs):
         model.patch_drop = patch_drop if epoch < options.epochs else torch.nn.Identity()
         forward = torch.compile(model) if options.compile else model
@@ -184,7 +185,7 @@ def train(options: PretrainOptions) -> dict[str, object]:
     return record
 
 
-def describe(options: PretrainOptions, model: torch.nn.Module, log: list[dict[str, float]]) -> dict[str, object]:
+def describe(options: PretrainOptions, model: torch.nn.Module, log: list[dict[str, float]]) -> dict[str, Any]:
     """What was trained, how, on what, with which outcome so far."""
     return {
         "options": {**asdict(options), "cifar10": Path(options.cifar10).name, "output": Path(options.output).name},
@@ -202,7 +203,7 @@ def describe(options: PretrainOptions, model: torch.nn.Module, log: list[dict[st
     }
 
 
-def save(model: torch.nn.Module, output: Path, record: dict[str, object]) -> None:
+def save(model: torch.nn.Module, output: Path, record: dict[str, Any]) -> None:
     """Write the timm model folder with fp16 weights, and ``training.json``."""
     size = MODEL_ARGS["img_size"]
     config = {
@@ -220,9 +221,38 @@ def save(model: torch.nn.Module, output: Path, record: dict[str, object]) -> Non
     saved.load_state_dict(model.state_dict())
     saved.pretrained_cfg.update(config, tag="pyra_demo_cifar10", url="", hf_hub_id=None)
     save_for_hf(saved.half(), str(output), model_config=config, model_args=MODEL_ARGS, safe_serialization=True)
-    temporary = output / "training.json.part"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, output / "training.json")
+    write_json(output / "training.json", record)
+    write_text(output / "README.md", card(record))
+
+
+CARD = """# Demo backbone: a small ViT pretrained on CIFAR-10
+
+Written by `python -m pyra.scripts.pretrain_demo_backbone`. It exists so that the demonstration and the tests have real
+pretrained weights without a download; for real work take a timm backbone.
+
+- **Model**: timm `VisionTransformer` with {parameters:,} parameters: {img_size} px, patch {patch_size},
+  {embed_dim} channels, {depth} blocks, {num_heads} heads; stored in fp16.
+- **Data**: CIFAR-10 (Krizhevsky, 2009): 50,000 training images of 32 x 32 px, resized to {img_size} px. Nothing else.
+- **Recipe**: supervised; AdamW, peak learning rate {lr}, batch {batch_size}, weight decay {weight_decay}, label
+  smoothing 0.1, shifts and flips; {epochs} epochs with {patch_drop:.0%} of the patch tokens dropped, then {full_epochs}
+  with all of them.
+- **Time**: {minutes:.0f} minutes on {threads} thread(s) of a shared CPU, torch {torch}.
+- **Accuracy**: {test_top1:.2%} top-1 on the CIFAR-10 test set (10,000 images), before rounding to fp16.
+- **Limits**: ten classes, small pictures, few epochs: its features are weak. Apache-2.0.
+
+| epoch | training loss | test top-1 | minutes so far |
+|---|---|---|---|
+"""
+
+
+def card(record: dict[str, Any]) -> str:
+    """Return the model card, from what was measured."""
+    values = {**record["options"], **record["model"], **record["machine"], "test_top1": record["test_top1"]}
+    rows = "".join(
+        f"| {epoch['epoch']} | {epoch['loss']:.3f} | {epoch['test_top1']:.2%} | {epoch['seconds'] / 60:.0f} |\n"
+        for epoch in record["epochs"]
+    )
+    return CARD.format(minutes=record["seconds"] / 60, **values) + rows
 
 
 def main(argv: list[str] | None = None) -> int:

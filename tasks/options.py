@@ -12,7 +12,7 @@ from pyra.errors import ConfigError, did_you_mean
 METHODS = {
     "linear": "train a new head on the frozen backbone",
     "full": "train all weights",
-    "lora": "LoRA on the fused qkv",
+    "lora": "LoRA",
     "adapter": "bottleneck adapter after each MLP",
     "tome": "LoRA, tokens merged",
     "pyra": "LoRA, tokens merged and re-activated",
@@ -42,6 +42,7 @@ class RunOptions:
         None, "tokens removed in each block, instead of --rate: 16,16,16,..."
     )
     rank: int = option(8, "rank of LoRA, width of the bottleneck adapter")
+    targets: str = option("qkv", "modules that LoRA adapts, such as qkv,proj,fc1,fc2")
     dropout: float = option(0.1, "dropout in the adapter")
     drop_path: float = option(0.1, "stochastic depth rate of the backbone")
     epochs: float = option(10.0, "passes over the training images (the paper: 100)")
@@ -102,7 +103,7 @@ class RunOptions:
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
         if self.method in ("lora", *MERGING):
-            return peft_config("lora", self.rank, self.dropout)
+            return peft_config("lora", self.rank, self.dropout, [name.strip() for name in self.targets.split(",")])
         if self.method == "adapter":
             return peft_config("bottleneck", self.rank, self.dropout)
         return None
