@@ -40,6 +40,10 @@ class Measured:
         """Share of the MACs saved."""
         return 1 - self.macs / self.plain_macs
 
+    def columns(self) -> dict[str, Any]:
+        """Return the values as columns of a :class:`~pyra.tasks.results.RunResult`."""
+        return {**dataclasses.asdict(self), "rate": self.rate}
+
 
 def score(
     model: Callable[[Tensor], Tensor],
@@ -130,12 +134,7 @@ def evaluate_run(
     result = dataclasses.replace(
         trained,
         value=value,
-        macs=measured.macs,
-        plain_macs=measured.plain_macs,
-        schedule=measured.schedule,
-        rate=measured.rate,
-        images_per_second=measured.images_per_second,
-        speedup=measured.speedup,
+        **measured.columns(),
         throughput_batch_size=len(batch),
         num_test=len(data),
         skipped_images=len(data.broken),

@@ -147,13 +147,8 @@ def run(
         method=options.method,
         metric=task.metric,
         value=value,
-        macs=measured.macs,
-        schedule=measured.schedule,
-        rate=measured.rate,
         trained_parameters=trained,
         seed=options.seed,
-        images_per_second=measured.images_per_second,
-        speedup=measured.speedup,
         backbone=options.backbone,
         image_size=test_data.image_size,
         batch_size=options.batch_size,
@@ -163,8 +158,8 @@ def run(
         num_test=len(test_data),
         skipped_images=len(train_data.broken) + len(test_data.broken),
         protocol=PROTOCOL,
-        plain_macs=measured.plain_macs,
         environment=environment(str(device)),
+        **measured.columns(),
     )
     write_json(folder / "result.json", result)
     return result
