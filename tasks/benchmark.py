@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -137,5 +138,13 @@ def _peak_memory(backbone: str, name: str, batch_size: int, threads: int) -> int
     step = _training_step(backbone, name, batch_size)
     step()
     step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """Peak resident bytes of this process; on Linux ``ru_maxrss`` would include the parent's before ``exec``."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

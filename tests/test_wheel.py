@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.slow  # a build and two installations: about ten seconds
 
-SUFFIXES = {".py", ".typed", ".yaml", ".parquet", ".json", ".safetensors", ".md"}
+SUFFIXES = {".py", ".typed", ".yaml", ".parquet", ".json", ".safetensors", ".md", ".html"}
 PROBE = """
 import importlib, importlib.util, sys
 import pyra
