@@ -38,6 +38,8 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
     Example:
         >>> model = adapt(model, pyra=PyraConfig(rate=0.5), peft=LoraConfig(r=8))  # doctest: +SKIP
     """
+    if isinstance(model, PeftModel):
+        raise ConfigError("this model already carries an adapter: give adapt() the backbone, or fold_adapter it first")
     if pyra is not None:
         model = wrap(model, pyra)
     trained = trained_modules(model)

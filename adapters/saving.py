@@ -77,6 +77,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     if (folder / PYRA_FILE).is_file():
         wrap(base, _read_pyra_config(folder / PYRA_FILE))
         _take_stored_lengths(base, weights)
+    elif any(f".{REACTIVATION}." in key for key in weights):
+        raise CheckpointError(f"{folder}: {PYRA_FILE} is missing, but re-activation weights are there: tokens merged")
     if not (folder / PEFT_FILE).is_file():
         _check_fit(base, weights)
         base.load_state_dict(weights, strict=False)

@@ -120,6 +120,8 @@ def _check(x: Tensor, size: Tensor | None, plan: MergePlan) -> None:
     problems = []
     if x.ndim != 3 or x.shape[:2] != expected:
         problems.append(f"x must be [B, N, C] with [B, N] = {list(expected)} as in the plan, got {list(x.shape)}")
+    if not x.is_floating_point():
+        problems.append(f"x must be of a floating-point type, got {x.dtype}")
     if size is not None and size.shape != (*expected, 1):
         problems.append(f"size must be [B, N, 1] = {[*expected, 1]}, got {list(size.shape)}")
     if problems:

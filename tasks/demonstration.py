@@ -1,7 +1,7 @@
 """The demonstration: one small backbone, one task, four ways to adapt it, measured side by side.
 
 Writes ``demo.json`` and ``demo.md`` (the table), ``pareto.png`` and ``pareto.html``, ``merged_tokens.png``, the four
-run folders under ``runs/`` and the best compressed model under ``export/``.
+run folders under ``adapted/`` and the best compressed model under ``export/``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyra.tasks.training import run, splits
 
 METHODS = ("linear", "lora", "tome", "pyra")
 COMPRESSED = ("tome", "pyra")
-FILES = ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "runs", "export")
+FILES = ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export")
 PICTURED = 4
 
 
@@ -68,21 +68,24 @@ def demonstrate(folder: str | Path, settings: DemoSettings, overwrite: bool = Fa
         OutputError: where ``folder`` holds something else, or an earlier demonstration and not ``overwrite``.
     """
     started = time.perf_counter()
-    folder = claim_output(folder, overwrite, marker="demo.json", ours=FILES)
+    # Everything that can be wrong is found before an earlier demonstration is touched.
     device = resolve_device(settings.device)
     task = load_task("demo")
+    for method in METHODS:
+        _options(settings, method, Path(folder))
+    folder = claim_output(folder, overwrite, marker="demo.json", ours=FILES)
     data: tuple[ImageDataset, ImageDataset] | None = None
     rows = []
     for number, method in enumerate(METHODS, start=1):
         print(f"[{number}/{len(METHODS)}] {method}", flush=True)
-        options = _options(settings, method, folder / "runs" / method)
+        options = _options(settings, method, folder / "adapted" / method)
         set_seed(settings.seed)
         model = new_model(options, len(task.labels))
         data = data or splits(options, task, model)
-        (folder / "runs" / method).mkdir(parents=True)
-        rows.append(run(options, task, model, *data, folder / "runs" / method, device))
+        (folder / "adapted" / method).mkdir(parents=True)
+        rows.append(run(options, task, model, *data, folder / "adapted" / method, device))
     assert data is not None
-    models = {method: load_run(folder / "runs" / method)[0].to(device) for method in METHODS}
+    models = {method: load_run(folder / "adapted" / method)[0].to(device) for method in METHODS}
     test_data = data[1]
     rows = _timed_together(rows, models, test_data, settings.batch_size, device)
     best = max((row for row in rows if row.method in COMPRESSED), key=lambda row: row.value)
@@ -91,7 +94,7 @@ def demonstrate(folder: str | Path, settings: DemoSettings, overwrite: bool = Fa
     write_text(folder / "demo.md", results_table(rows, style="markdown") + "\n")
     pareto_plot(rows, png=folder / "pareto.png", html=folder / "pareto.html", title="Demo: ten kinds of clothing")
     _picture(models[best.method], test_data, folder / "merged_tokens.png")
-    report, speeds = export_run(folder / "runs" / best.method, folder / "export")
+    report, speeds = export_run(folder / "adapted" / best.method, folder / "export")
     return Demonstration(rows, report, speeds, time.perf_counter() - started)
 
 

@@ -25,6 +25,9 @@ MEMORY_LIMIT = 2 * 1024**3
 
 INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling}
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""What is decoded; Pillow's other readers stay off: its PostScript one starts another program."""
+
 _CHUNK = 32
 _NAMED = 5
 
@@ -38,7 +41,7 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
         Exception: whatever Pillow raises for a damaged file (its decoders have no common base class).
         Image.DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
         pixels = image.width * image.height
         # Pillow itself only warns up to twice the limit.
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:

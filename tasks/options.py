@@ -74,16 +74,18 @@ class RunOptions:
         if self.method not in MERGING and given:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
         for name in ("rank", "epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                problems.append(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < 1e9:
+                problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
         for name in ("image_size", "reactivation_lr", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            problems.append(f"--weight-decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < 1e9:
+            problems.append(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
         if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             problems.append(f"--device must be auto, cpu or cuda, got {self.device!r}")
         if self.method in MERGING and len(given) == 1:

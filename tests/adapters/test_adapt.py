@@ -155,3 +155,13 @@ def test_wrong_input(tmp_path: Path) -> None:
     (probe / "pyra_config.json").write_text(json.dumps({"rate": 2}))
     with pytest.raises(ConfigError, match="rate must be"):
         load_adapter(backbone(), probe)
+
+
+def test_merging_is_never_lost_in_silence(tmp_path: Path) -> None:
+    model = adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LoraConfig(r=4))
+    save_adapter(model, tmp_path)
+    with pytest.raises(ConfigError, match="already carries an adapter"):
+        adapt(model, peft=peft.LoraConfig(r=4))
+    (tmp_path / "pyra_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"pyra_config\.json is missing"):
+        load_adapter(backbone(), tmp_path)
