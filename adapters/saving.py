@@ -60,7 +60,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     """Attach a saved adapter to a fresh backbone of the same width and depth.
 
     Merging, PEFT layers, re-activation weights and head are restored. The backbone may have another token count: a
-    rate is solved anew, and re-activation weights keep the length they were stored with.
+    rate is solved anew, and re-activation weights keep the length they were stored with. A block that merges only at
+    the new token count has no stored weights, and the adapter is then refused.
 
     Args:
         base: the backbone with its pretrained weights and a head of the right size (changed in place).
