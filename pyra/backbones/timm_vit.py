@@ -150,10 +150,23 @@ def wrap_blocks(model: VisionTransformer, schedule: list[int], config: PyraConfi
             config,
             model if layer == last else None,
         )
+    model.forward_intermediates = refuse_intermediates
+
+
+def refuse_intermediates(*_args: Any, **_kwargs: Any) -> Any:
+    """Stand in for ``forward_intermediates``, which would fold merged tokens into a grid they no longer fill.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    raise UnsupportedModelError(
+        "a wrapped model gives no intermediate feature maps: its tokens have merged; unwrap(model) first"
+    )
 
 
 def unwrap_blocks(model: VisionTransformer) -> None:
     """Put the replaced blocks back, holding the children their stand-ins have now."""
+    del model.forward_intermediates
     for layer, block in enumerate(model.blocks):
         if isinstance(block, MergingBlock):
             (original,) = block.replaced

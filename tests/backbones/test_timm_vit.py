@@ -432,3 +432,19 @@ def test_peft_models_are_wrapped_before() -> None:
     model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["qkv"]))
     with pytest.raises(UnsupportedModelError, match="PeftModel already carries a PEFT method: wrap the"):
         wrap(model, PyraConfig(schedule=SCHEDULE))
+
+
+def test_intermediate_maps_are_refused_until_unwrapped() -> None:
+    """Merged tokens can happen to fill a smaller grid (here 9 of 16): a map of them would be silently wrong."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
+    wrap(model, PyraConfig(schedule=[0, 4, 2, 1]))
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(UnsupportedModelError, match="unwrap"):
+            copied.forward_intermediates(images, indices=1, intermediates_only=True)
+        with pytest.raises(UnsupportedModelError, match="unwrap"):
+            copied.get_intermediate_layers(images, n=1, reshape=True)
+    unwrap(model)
+    assert torch.equal(model.forward_intermediates(images, indices=1, intermediates_only=True)[0], plain)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pyra.errors import ConfigError, DataError
 from pyra.tasks import images
@@ -492,3 +492,11 @@ def test_caltech101_has_101_classes_and_a_thousand_training_images(assets):
     assert {split: len(rows) for split, rows in task.splits.items()} == {
         "train": 1000, "train800": 800, "val200": 200, "test": 1500,
     }  # fmt: skip
+
+
+def test_postscript_is_not_an_image() -> None:
+    """Pillow would start Ghostscript on it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    with pytest.raises(UnidentifiedImageError):
+        decode_image(buffer.getvalue())
