@@ -33,7 +33,8 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
 
     Raises:
         UnsupportedModelError, ScheduleError: from :func:`pyra.wrap`.
-        ConfigError: where the target modules do not exist in the model.
+        ConfigError: where the target modules do not exist in the model, or ``modules_to_save`` reaches into the
+            re-activation modules.
 
     Example:
         >>> model = adapt(model, pyra=PyraConfig(rate=0.5), peft=LoraConfig(r=8))  # doctest: +SKIP
@@ -53,16 +54,34 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
     if getattr(config, "target_modules", DEFAULT_TARGETS) is None:
         config.target_modules = list(DEFAULT_TARGETS)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
-    config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *saved})
+    asked = set(getattr(config, "modules_to_save", None) or ())
+    _refuse_inner_modules(model, asked)
+    config.modules_to_save = sorted(asked | saved)
+    if REACTIVATION in saved and getattr(config, "exclude_modules", "") is None:
+        config.exclude_modules = rf"(.*\.)?{REACTIVATION}(\..*)?"  # trained whole, never through a PEFT layer
     try:
         adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, StopIteration) as error:
+        wanted = getattr(config, "target_modules", None)
+        if isinstance(error, StopIteration):  # peft looks for a weight in a module that has none
+            raise ConfigError(f"target_modules {wanted}: a module of that name has no weights; name others") from None
         if "target" in str(error):
-            raise ConfigError(f"target_modules {getattr(config, 'target_modules', None)}: peft says: {error}") from None
+            raise ConfigError(f"target_modules {wanted}: peft says: {error}") from None
         raise
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = backbone_name(model)
     return adapted
+
+
+def _refuse_inner_modules(model: nn.Module, asked: set[str]) -> None:
+    """PEFT takes a name in ``modules_to_save`` for every module whose path ends with it, those of others included."""
+    inside = [name for name, _ in model.named_modules() if f".{REACTIVATION}." in f".{name}."[:-1]]
+    clashes = sorted({wanted for wanted in asked for name in inside if name.endswith(wanted)})
+    if clashes:
+        raise ConfigError(
+            f"modules_to_save {', '.join(clashes)}: PEFT would also take {inside[0]} for it, which is trained anyway; "
+            "name a longer path or another module"
+        )
 
 
 def fold_adapter(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from pyra.adapters.bottleneck import BottleneckConfig
-from pyra.backbones.loading import read_state_dict
+from pyra.checkpoints import read_state_dict
 from pyra.errors import CheckpointError
 
 _RENAMED = (

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyra.adapters.adapt import REACTIVATION, trained_modules
-from pyra.backbones import wrap, wrapped_config, wrapped_schedule
+from pyra.backbones import unwrap, wrap, wrapped_config, wrapped_schedule
+from pyra.checkpoints import non_finite
 from pyra.config import PyraConfig
-from pyra.errors import CheckpointError
+from pyra.errors import CheckpointError, ConfigError
 from pyra.files import write_json
 
 WEIGHTS, PEFT_FILE, PYRA_FILE = "adapter_model.safetensors", "adapter_config.json", "pyra_config.json"
@@ -30,30 +32,39 @@ WEIGHTS, PEFT_FILE, PYRA_FILE = "adapter_model.safetensors", "adapter_config.jso
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write everything that was trained to ``folder``.
 
-    Each file is replaced atomically. The PEFT files are those of ``PeftModel.save_pretrained``.
+    Each file is replaced atomically, and what an older adapter left is removed last. The PEFT files are those of
+    ``PeftModel.save_pretrained``.
 
     Args:
         model: from :func:`pyra.adapters.adapt`.
         folder: created if missing.
+
+    Raises:
+        ConfigError: where the model carries several adapters, or trained weights that PEFT would not save (named).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
+        written = Path(staging)
         if isinstance(model, PeftModel):
+            name = _only_adapter(model)
+            _check_nothing_is_lost(model, name)
             model.save_pretrained(staging, save_embedding_layers=False)
+            written = written if name == "default" else written / name
         else:
             modules = dict(model.named_modules())
             trained = {f"{name}.{key}" for name in trained_modules(model) for key in modules[name].state_dict()}
             trained |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
             kept = {k: v.contiguous() for k, v in model.state_dict().items() if k in trained}
-            save_file(kept, Path(staging) / WEIGHTS)
+            save_file(kept, written / WEIGHTS)
         config = wrapped_config(model)
         if config is not None:
-            write_json(Path(staging) / PYRA_FILE, {**config.to_dict(), "solved_schedule": wrapped_schedule(model)})
-        for name in (PEFT_FILE, PYRA_FILE):  # none of an older adapter may stay behind
-            (folder / name).unlink(missing_ok=True)
-        for file in sorted(Path(staging).iterdir()):
+            write_json(written / PYRA_FILE, {**config.to_dict(), "solved_schedule": wrapped_schedule(model)})
+        files = sorted(written.iterdir())
+        for file in files:
             os.replace(file, folder / file.name)
+        for name in {PEFT_FILE, PYRA_FILE} - {file.name for file in files}:
+            (folder / name).unlink(missing_ok=True)
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
@@ -71,25 +82,42 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
         The model as :func:`pyra.adapters.adapt` returns it, in evaluation mode.
 
     Raises:
-        CheckpointError: for a folder that holds no readable adapter, or tensors that do not fit (named).
+        CheckpointError: for a folder that holds no readable adapter, or tensors that do not fit, are missing, have no
+            place or hold NaN (named); the backbone is then not wrapped.
     """
     folder = Path(folder)
     weights = read_adapter_weights(folder)
+    try:
+        return _attach(base, folder, weights).eval()
+    except BaseException:
+        unwrap(base)
+        raise
+
+
+def _attach(base: nn.Module, folder: Path, weights: dict[str, Tensor]) -> nn.Module:
     if (folder / PYRA_FILE).is_file():
         wrap(base, _read_pyra_config(folder / PYRA_FILE))
         _take_stored_lengths(base, weights)
     elif any(f".{REACTIVATION}." in key for key in weights):
         raise CheckpointError(f"{folder}: {PYRA_FILE} is missing, but re-activation weights are there: tokens merged")
     if not (folder / PEFT_FILE).is_file():
-        _check_fit(base, weights)
+        modules = dict(base.named_modules())
+        needed = {f"{name}.{key}" for name in trained_modules(base) for key in modules[name].state_dict()}
+        _check_fit(base.state_dict(), weights, needed)
         base.load_state_dict(weights, strict=False)
-        base.requires_grad_(False)
-        return base.eval()
+        return base.requires_grad_(False)
     try:
-        model = PeftModel.from_pretrained(base, str(folder), config=PeftConfig.from_pretrained(str(folder)))
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        origin = config.base_model_name_or_path
+        model = get_peft_model(base, config)
+        config.base_model_name_or_path = origin  # get_peft_model puts None there for models that are not transformers'
+    except (RuntimeError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise CheckpointError(f"{folder}: the adapter does not fit this backbone: {_one_line(error)}") from None
-    return model.eval()
+    own = _adapter_state(model, "default")
+    _check_fit(own, weights, set(own))
+    set_peft_model_state_dict(model, weights)
+    return model
 
 
 def read_adapter_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -124,16 +152,48 @@ def _take_stored_lengths(model: nn.Module, weights: dict[str, Tensor]) -> None:
                     module.pair_weight = nn.Parameter(torch.zeros_like(tensor, dtype=own.dtype, device=own.device))
 
 
-def _check_fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    own = model.state_dict()
+def _adapter_state(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """What PEFT saves; embeddings are left out without asking the hub whether they changed."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return state
+
+
+def _only_adapter(model: PeftModel) -> str:
+    names = list(model.peft_config)
+    if len(names) != 1:
+        raise ConfigError(
+            f"the model carries {len(names)} adapters ({', '.join(names)}), one can be saved: delete_adapter the others"
+        )
+    return str(names[0])
+
+
+def _check_nothing_is_lost(model: PeftModel, adapter: str) -> None:
+    """Refuse to save where a weight that was trained belongs to no adapter and to no module saved whole."""
+    saved = {tensor.data_ptr() for tensor in _adapter_state(model, adapter).values()}
+    lost = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in saved
+    ]
+    if lost:
+        raise ConfigError(
+            f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: trained, but PEFT does not save them; "
+            "name their modules in modules_to_save"
+        )
+
+
+def _check_fit(own: Mapping[str, Tensor], weights: dict[str, Tensor], needed: set[str]) -> None:
     problems = [f"{key} is not in the model" for key in weights if key not in own]
+    problems += [f"{key} is not in the file" for key in sorted(needed - set(weights))]
     problems += [
         f"{key} is {list(tensor.shape)}, the model has {list(own[key].shape)}"
         for key, tensor in weights.items()
         if key in own and own[key].shape != tensor.shape
     ]
+    problems += non_finite(weights)
     if problems:
-        raise CheckpointError("the adapter does not fit this backbone: " + "; ".join(problems))
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError("the adapter does not fit this backbone: " + "; ".join(problems[:8]) + more)
 
 
 def _one_line(error: Exception) -> str:

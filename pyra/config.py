@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import write_json
 from pyra.matching import ORDERS, Order
+from pyra.records import record_problems
 from pyra.schedule import preset_schedule
 
 VERSION = 1
@@ -88,10 +90,9 @@ class PyraConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PyraConfig:
         """Rebuild from :meth:`to_dict`; unknown keys and newer versions raise :class:`ConfigError`."""
-        known = [f.name for f in fields(cls)]
         values = dict(values)
         version = values.pop("version", VERSION)
-        problems = [f"unknown key {key!r}{did_you_mean(key, known)}" for key in values if key not in known]
+        problems = record_problems(cls, values)
         if not isinstance(version, int) or version > VERSION:
             problems.append(f"format version {version!r} is newer than this library's ({VERSION}): upgrade pyra-adapt")
         if problems:
@@ -129,5 +130,5 @@ def _schedule_problems(schedule: object) -> list[str]:
     return [
         f"schedule entry {layer} must be a whole number of at least 0, got {removed!r}"
         for layer, removed in enumerate(schedule)
-        if isinstance(removed, bool) or not isinstance(removed, int) or removed < 0
+        if isinstance(removed, bool) or not isinstance(removed, Integral) or removed < 0
     ]

@@ -34,6 +34,10 @@ class DataError(PyraError, ValueError):
     """A task or data set that cannot be found or read; the message names the file."""
 
 
+class TrainingError(PyraError, ArithmeticError):
+    """A training that diverged: a loss, a weight or a logit that is no number."""
+
+
 class OutputError(PyraError, FileExistsError):
     """An output folder that would be overwritten."""
 

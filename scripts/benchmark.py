@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from pyra.errors import ConfigError
 from pyra.scripts.cli import parse
 from pyra.tasks.options import option
 
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Measure speed and memory against the unwrapped model in one run (CPU, fp32).",
         example="pyra benchmark --backbone vit_base_patch16_224 --batch-size 16",
     )
+    counts = ("batch_size", "train_batch_size", "rounds", "train_rounds", "threads")
+    wrong = [name for name in counts if (value := getattr(options, name)) is not None and value < 1]
+    if wrong:
+        raise ConfigError("; ".join(f"--{name.replace('_', '-')} must be at least 1" for name in wrong))
     import torch
     from tabulate import tabulate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyra.scripts.cli import parse
 from pyra.tasks.options import option
@@ -21,7 +22,7 @@ class EvaluateOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, evaluate, print a table and write ``evaluation.json`` into the run."""
+    """Parse, evaluate, print a table and write the result into the run."""
     options = parse(
         EvaluateOptions,
         argv,
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="pyra evaluate runs/a",
         positional="run",
     )
-    from pyra.tasks.evaluation import evaluate_run
+    from pyra.tasks.evaluation import evaluate_run, evaluation_file
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
 
@@ -45,5 +46,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(results_table([result]))
     if result.skipped_images:
         print(f"{result.skipped_images} unreadable images were left out")
-    print(f"written to {options.run}/evaluation.json")
+    print(f"written to {Path(options.run) / evaluation_file(options.split)}")
     return 0

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tabulate import tabulate
 
     rows = [
-        ("file", f"{report.file} ({report.megabytes:.1f} MB)"),
+        ("file", f"{folder / report.file} ({report.megabytes:.1f} MB)"),
         (
             f"largest difference on {report.compared} images",
             f"{report.max_difference:.2e} (logits to {report.max_logit:.1f})",

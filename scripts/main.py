@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyraError as error:
         print(f"pyra: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"pyra: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("pyra: interrupted", file=sys.stderr)
         return 130

@@ -107,7 +107,7 @@ def _images(model: nn.Module, count: int) -> Tensor:
     data = image_dataset(
         load_task("demo"), "test", image_size=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), limit=count
     )
-    return torch.stack([data[i]["pixel_values"] for i in range(count)])
+    return torch.stack([data[i % len(data)]["pixel_values"] for i in range(count)])
 
 
 def _training_step(backbone: str, name: str, batch_size: int) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import datasets
 import yaml
 
 from pyra.errors import DataError, did_you_mean
+from pyra.records import record_problems
 from pyra.tasks.folders import read_folder, read_splits
 from pyra.tasks.images import ImageDataset
 
@@ -78,10 +79,18 @@ def load_task(task: str | None = None, data: str | None = None) -> Task:
     if (task is None) == (data is None):
         raise DataError("give exactly one of --task and --data: a task by name, or a folder with your images")
     if data is not None:
+        if not data.strip():
+            raise DataError("--data is empty; give the folder with your images (. for this one)")
         path = Path(data).expanduser()
         splits, how = read_folder(path)
         path = path.resolve()
-        return Task(path.stem if path.is_file() else path.name, _labels(splits), splits, description=how)
+        labels = _labels(splits)
+        if len(labels) < 2:
+            raise DataError(
+                f"{path} has a single class ({', '.join(labels)}): nothing to tell apart; "
+                "the folders directly inside it (or inside its train/) must be the classes"
+            )
+        return Task(path.stem if path.is_file() else path.name, labels, splits, description=how)
     if task not in task_names():
         hint = did_you_mean(str(task), task_names())
         raise DataError(
@@ -152,10 +161,8 @@ def _load_shipped(folder: Path) -> Task:
 
 def _read_card(path: Path) -> TaskCard:
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {f.name for f in fields(TaskCard)}
-    problems = [f"unknown key {key!r}{did_you_mean(key, known)}" for key in sorted(set(values) - known)]
-    problems += [f"missing key {key!r}" for key in sorted(known - set(values))]
-    if values.get("preprocessing", PREPROCESSING[0]) not in PREPROCESSING:
+    problems = record_problems(TaskCard, values)
+    if not problems and values.get("preprocessing", PREPROCESSING[0]) not in PREPROCESSING:
         problems.append(f"preprocessing {values['preprocessing']!r} is not one of {', '.join(PREPROCESSING)}")
     if problems:
         raise DataError(f"{path}: {'; '.join(problems)}")

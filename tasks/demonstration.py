@@ -19,10 +19,10 @@ from transformers import set_seed
 from pyra.backbones.timm_vit import source_maps
 from pyra.export import ExportReport
 from pyra.files import atomic_path, write_json, write_text
-from pyra.tasks.data import ImageDataset, load_task
+from pyra.tasks.data import ImageDataset, Task, load_task
 from pyra.tasks.exporting import export_run
 from pyra.tasks.options import RunOptions
-from pyra.tasks.output import claim_output
+from pyra.tasks.output import staged_output
 from pyra.tasks.pictures import merged_tokens_picture
 from pyra.tasks.reports import pareto_plot, results_table
 from pyra.tasks.results import RunResult
@@ -32,7 +32,6 @@ from pyra.tasks.training import run, splits
 
 METHODS = ("linear", "lora", "tome", "pyra")
 COMPRESSED = ("tome", "pyra")
-FILES = ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export")
 PICTURED = 4
 
 
@@ -77,7 +76,15 @@ def demonstrate(folder: str | Path, settings: DemoSettings, overwrite: bool = Fa
     task = load_task("demo")
     for method in METHODS:
         _options(settings, method, Path(folder))
-    folder = claim_output(folder, overwrite, marker="demo.json", ours=FILES)
+    with staged_output(folder, "demo", overwrite) as staging:
+        rows, report, speeds = _demonstrate(staging, Path(folder), settings, task, device)
+    return Demonstration(rows, report, speeds, time.perf_counter() - started)
+
+
+def _demonstrate(
+    staging: Path, folder: Path, settings: DemoSettings, task: Task, device: torch.device
+) -> tuple[list[RunResult], ExportReport, dict[str, float]]:
+    """Train, time, draw and export into ``staging``, which becomes ``folder``."""
     data: tuple[ImageDataset, ImageDataset] | None = None
     rows = []
     for number, method in enumerate(METHODS, start=1):
@@ -86,20 +93,20 @@ def demonstrate(folder: str | Path, settings: DemoSettings, overwrite: bool = Fa
         set_seed(settings.seed)
         model = new_model(options, len(task.labels))
         data = data or splits(options, task, model)
-        (folder / "adapted" / method).mkdir(parents=True)
-        rows.append(run(options, task, model, *data, folder / "adapted" / method, device))
+        (staging / "adapted" / method).mkdir(parents=True)
+        rows.append(run(options, task, model, *data, staging / "adapted" / method, device))
     assert data is not None
-    models = {method: load_run(folder / "adapted" / method)[0].to(device) for method in METHODS}
+    models = {method: load_run(staging / "adapted" / method)[0].to(device) for method in METHODS}
     test_data = data[1]
     rows = _timed_together(rows, models, test_data, settings.batch_size, device)
     best = max((row for row in rows if row.method in COMPRESSED), key=lambda row: row.value)
     print(f"drawing, and exporting {best.method}", flush=True)
-    write_json(folder / "demo.json", [row.to_dict() for row in rows])
-    write_text(folder / "demo.md", results_table(rows, style="markdown") + "\n")
-    pareto_plot(rows, png=folder / "pareto.png", html=folder / "pareto.html", title="Demo: ten kinds of clothing")
-    _picture(models[best.method], test_data, folder / "merged_tokens.png")
-    report, speeds = export_run(folder / "adapted" / best.method, folder / "export")
-    return Demonstration(rows, report, speeds, time.perf_counter() - started)
+    write_json(staging / "demo.json", [row.to_dict() for row in rows])
+    write_text(staging / "demo.md", results_table(rows, style="markdown") + "\n")
+    pareto_plot(rows, png=staging / "pareto.png", html=staging / "pareto.html", title="Demo: ten kinds of clothing")
+    _picture(models[best.method], test_data, staging / "merged_tokens.png")
+    report, speeds = export_run(staging / "adapted" / best.method, staging / "export")
+    return rows, report, speeds
 
 
 def _options(settings: DemoSettings, method: str, folder: Path) -> RunOptions:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from pyra.backbones import macs, unwrap, wrapped_schedule
 from pyra.backbones.loading import preprocessing
-from pyra.errors import DataError
+from pyra.errors import ConfigError, DataError, TrainingError
 from pyra.files import write_json
-from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.data import ImageDataset, Task, image_dataset, load_task
 from pyra.tasks.metrics import load_metric
 from pyra.tasks.results import RunResult, environment, read_result
 from pyra.tasks.runs import DTYPES, load_run, resolve_device
@@ -65,14 +65,37 @@ def score(
         device: where the images go.
         dtype: autocast precision; float32 means none.
         description: label of the progress bar.
+
+    Raises:
+        TrainingError: where a logit is NaN or infinite.
     """
     computed = load_metric(metric)
     device = torch.device(device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in tqdm(DataLoader(data, batch_size=batch_size), desc=description, unit="batch", leave=False):
             logits = model(batch["pixel_values"].to(device))
+            finite &= logits.isfinite().all()
             computed.add_batch(predictions=logits.argmax(-1).cpu(), references=batch["labels"])
+    if not finite:
+        raise TrainingError("the model gives logits that are NaN or infinite: it cannot be scored")
     return float(computed.compute()[metric])
+
+
+def data_for(
+    model: nn.Module, task: Task, split: str, *, skip_broken: bool = False, limit: int | None = None
+) -> ImageDataset:
+    """Decode a split the way ``model`` was pretrained to see images."""
+    prepared = preprocessing(model)
+    return image_dataset(
+        task,
+        split,
+        image_size=prepared.image_size,
+        mean=prepared.mean,
+        std=prepared.std,
+        skip_broken=skip_broken,
+        limit=limit,
+    )
 
 
 def measure(model: nn.Module, images: Tensor, rounds: int = 7) -> Measured:
@@ -104,28 +127,22 @@ def evaluate_run(
     device: str = "auto",
     skip_broken: bool = False,
 ) -> RunResult:
-    """Score and time a run folder again, from its saved files alone; writes ``evaluation.json`` beside the result.
+    """Score and time a run folder again, from its saved files alone; writes :func:`evaluation_file` beside the result.
 
     Raises:
+        ConfigError: for a batch size or device that cannot be used.
         DataError, CheckpointError: where the run, its data or its backbone cannot be read.
     """
     folder = Path(folder)
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"--batch-size must be a positive number, got {batch_size}")
     target = resolve_device(device)
     model, options, labels = load_run(folder)
     trained = read_result(folder)
     task = load_task(options.task, options.data)
     if list(task.labels) != labels:
         raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data has changed")
-    prepared = preprocessing(model)
-    data = image_dataset(
-        task,
-        split,
-        image_size=prepared.image_size,
-        mean=prepared.mean,
-        std=prepared.std,
-        skip_broken=skip_broken or options.skip_broken,
-        limit=options.limit,
-    )
+    data = data_for(model, task, split, skip_broken=skip_broken or options.skip_broken, limit=options.limit)
     model = model.to(target)
     batch_size = batch_size or options.batch_size
     value = score(model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])
@@ -141,5 +158,10 @@ def evaluate_run(
         protocol=f"{split} split",
         environment=environment(str(target)),
     )
-    write_json(folder / "evaluation.json", result.to_dict())
+    write_json(folder / evaluation_file(split), result.to_dict())
     return result
+
+
+def evaluation_file(split: str) -> str:
+    """Name the file that ``pyra evaluate`` writes: ``evaluation.json`` for the test split, else with its name."""
+    return "evaluation.json" if split == "test" else f"evaluation-{split}.json"

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from pyra.backbones.loading import preprocessing
-from pyra.errors import OutputError
 from pyra.export import ExportReport, export_model, load_exported
 from pyra.files import write_json
-from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.data import load_task
+from pyra.tasks.evaluation import data_for
+from pyra.tasks.output import staged_output
 from pyra.tasks.runs import load_run
 from pyra.tasks.timing import take_turns
 
@@ -31,25 +32,13 @@ def export_run(
 
     Raises:
         DataError, CheckpointError: where the run cannot be read.
-        OutputError: where ``folder`` holds an export and ``overwrite`` is false.
-        ExportError: where the reloaded file differs; nothing is written.
+        OutputError: where ``folder`` holds an export and ``overwrite`` is false, or something else.
+        ExportError: where the reloaded file differs; an earlier export stays.
     """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite and (folder / "export.json").is_file()):
-        hint = "pass --overwrite to replace it" if (folder / "export.json").is_file() else "choose another --output"
-        raise OutputError(f"{folder} is not empty: {hint}")
     model, options, labels = load_run(run)
     prepared = preprocessing(model)
     task = load_task(options.task, options.data)
-    data = image_dataset(
-        task,
-        "test",
-        image_size=prepared.image_size,
-        mean=prepared.mean,
-        std=prepared.std,
-        skip_broken=options.skip_broken,
-        limit=images,
-    )
+    data = data_for(model, task, "test", skip_broken=options.skip_broken, limit=images)
     batch = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
     metadata = {
         "labels": "\n".join(labels),
@@ -59,14 +48,15 @@ def export_run(
         "task": task.name,
         "backbone": options.backbone,
     }
-    report = export_model(model, folder, format, example_input=batch, tolerance=tolerance, metadata=metadata)
-    exported = load_exported(folder)
+    with staged_output(folder, "export", overwrite) as staging:
+        report = export_model(model, staging, format, example_input=batch, tolerance=tolerance, metadata=metadata)
+        exported = load_exported(staging)
 
-    def eager() -> None:
-        with torch.inference_mode():
-            model(batch)
+        def eager() -> None:
+            with torch.inference_mode():
+                model(batch)
 
-    seconds = take_turns({"PyTorch": eager, format: lambda: exported(batch)}, rounds=5)
-    speeds = {name: len(batch) / value for name, value in seconds.items()}
-    write_json(folder / "speed.json", {"batch_size": len(batch), "images_per_second": speeds})
+        seconds = take_turns({"PyTorch": eager, format: lambda: exported(batch)}, rounds=5)
+        speeds = {name: len(batch) / value for name, value in seconds.items()}
+        write_json(staging / "speed.json", {"batch_size": len(batch), "images_per_second": speeds})
     return report, speeds

@@ -26,7 +26,11 @@ from pyra.tasks.rows import Rows, class_folders, read_image_folder, read_parquet
 TEST_SHARE = 0.2
 SPLIT_SEED = 0
 
-_ALIASES = dict.fromkeys(("validation", "valid", "val", "dev"), "validation") | {"train": "train", "test": "test"}
+_ALIASES = {
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("training", "train"), "train"),
+    **dict.fromkeys(("testing", "test"), "test"),
+}
 _SPLIT = re.compile(rf"({'|'.join(_ALIASES)})(?![a-z])", re.IGNORECASE)
 _SHARD = re.compile(r"-\d+-of-\d+$")
 

@@ -38,6 +38,7 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
     EXIF orientation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
     Raises:
+        ValueError: for 32-bit pixels: nothing says what is white.
         Exception: whatever Pillow raises for a damaged file (its decoders have no common base class).
         Image.DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
@@ -53,6 +54,8 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # convert() would clip to 0..255 whatever the values mean
+        raise ValueError("32-bit pixels, whose range no file says; store it with 8 or 16 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -126,6 +129,8 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""
         stored = self._rows[index]["image"]
+        if stored is None or (stored["bytes"] is None and stored["path"] is None):
+            raise ValueError("the row holds no image")
         return decode_image(stored["path"] if stored["bytes"] is None else stored["bytes"])
 
     def source(self, index: int) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyra.adapters.methods import peft_config
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError, did_you_mean
+from pyra.records import type_problems
 
 METHODS = {
     "linear": "train a new head on the frozen backbone",
@@ -18,6 +20,7 @@ METHODS = {
     "pyra": "LoRA, tokens merged and re-activated",
 }
 MERGING = ("tome", "pyra")
+DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
@@ -61,7 +64,9 @@ class RunOptions:
         """Check all options together; raises :class:`ConfigError` with every problem."""
         if self.task is None and self.data is None:
             self.task = "demo"
-        problems = []
+        problems = type_problems(RunOptions, {f.name: getattr(self, f.name) for f in fields(self)})
+        if problems:
+            raise ConfigError("; ".join(problems))
         if self.task is not None and self.data is not None:
             problems.append("give --task or --data, not both")
         if self.method not in METHODS:
@@ -86,8 +91,8 @@ class RunOptions:
             problems.append(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
         if not 0 <= self.seed < 2**32:
             problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
-        if self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
-            problems.append(f"--device must be auto, cpu or cuda, got {self.device!r}")
+        if re.fullmatch(DEVICES, self.device) is None:
+            problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if self.method in MERGING and len(given) == 1:
             try:
                 self.pyra_config()

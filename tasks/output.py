@@ -1,74 +1,132 @@
-"""The folder that a run or the demo writes: claimed once, refused where it holds somebody's files."""
+"""The folder that a run, a demonstration or an export writes: filled beside what is there, swapped in when complete.
+
+Every such folder holds a claim file that says what it is; a folder without one is somebody's own and is never written.
+"""
 
 from __future__ import annotations
 
 import datetime
+import fnmatch
+import json
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pyra.errors import OutputError
 from pyra.files import write_json
 from pyra.tasks.results import RESULT_FILE
 
 CLAIM_FILE = ".pyra-run"
-"""Written when a folder is claimed: an unfinished run is told from somebody's files by it."""
+"""Says which kind of output a folder holds."""
 
-RUN_FILES = (RESULT_FILE, "options.json", "labels.json", "adapter", "evaluation.json", "export", "checkpoints")
-"""What a run writes into its folder; only these are ever removed."""
+Kind = Literal["run", "demo", "export"]
 
+WRITTEN: dict[Kind, tuple[str, ...]] = {
+    "run": (RESULT_FILE, "options.json", "labels.json", "adapter", "evaluation*.json", "export"),
+    "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
+    "export": ("model.onnx", "export.json", "speed.json"),
+}
+"""What each kind writes, as patterns; nothing else is ever removed."""
+
+_WORTH_KEEPING: dict[Kind, str] = {"run": "adapter"}  # what an interrupted output is kept for
+_PARTIAL = ".partial-"
 _IGNORED = frozenset({".gitignore", ".gitkeep", ".DS_Store"})
 
 
-def claim_output(
-    folder: str | os.PathLike[str],
-    overwrite: bool = False,
-    marker: str = RESULT_FILE,
-    ours: Sequence[str] = RUN_FILES,
-) -> Path:
-    """Create ``folder`` for a new run, or empty the one of an earlier run of what pyra wrote; return its path.
+@contextmanager
+def staged_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to write to; when the block ends without an error, its entries appear in ``folder``.
 
-    A folder is an earlier run when it holds ``marker`` or the claim file every claim leaves. With ``overwrite`` its
-    entries named in ``ours``, and ``marker``, are removed; every other file stays. Links are removed, never followed.
+    Until then an earlier output stays as it is. With ``overwrite`` the entries of an earlier output of the same kind
+    (:data:`WRITTEN`) give way to the new ones; every other file stays. Links are replaced, never followed. After an
+    error the new files are removed, but for trained weights: where they lie is printed.
 
     Raises:
-        OutputError: the folder holds an earlier run and ``overwrite`` is false; it holds files and no run (even with
-            ``overwrite``: nothing says they are pyra's); it is a file, cannot be created, or is a place no run
-            belongs: the root, the home folder or one above it, the root of a git checkout.
+        OutputError: before the block: ``folder`` holds an output and ``overwrite`` is false; it holds one of another
+            kind, or files that are not pyra's (even with ``overwrite``); it is a file, cannot be created, or is a place
+            no output belongs: the root, the home folder or one above it, the root of a git checkout. After it: another
+            process has written there meanwhile (its files and the new ones are both kept).
     """
     folder = Path(folder)
-    _refuse_dangerous(folder)
     try:
+        existed = folder.is_dir()
+        _refuse_dangerous(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        entries = sorted(entry for entry in folder.iterdir() if entry.name not in _IGNORED)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
-    names = [entry.name for entry in entries]
-    if names and not {marker, CLAIM_FILE} & set(names):
+        earlier = _earlier(folder, kind, overwrite)
+        staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        write_json(staging / CLAIM_FILE, {"kind": kind, "date": _now()})
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write to {folder}: {reason}; choose another --output") from None
+    complete = False
+    try:
+        yield staging
+        complete = True
+        if not overwrite and _earlier(folder, kind, True) != earlier:
+            raise OutputError(f"{folder} was written by another process meanwhile; this output is kept in {staging}")
+        _swap_in(staging, folder, kind)
+    except BaseException:
+        wanted = _WORTH_KEEPING.get(kind)
+        if not complete and wanted is not None and (staging / wanted).exists():
+            print(f"what was trained so far is kept in {staging}", file=sys.stderr)
+        elif not complete:
+            shutil.rmtree(staging, ignore_errors=True)
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
+    """Whether ``folder`` holds an earlier output of this kind; raises :class:`OutputError` where it may not be used."""
+    names = sorted(
+        entry.name for entry in folder.iterdir() if entry.name not in _IGNORED and not entry.name.startswith(_PARTIAL)
+    )
+    if not names:
+        return False
+    found = _kind_of(folder)
+    if found is None:
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise OutputError(
-            f"{folder} holds files that are not from a pyra run ({listed}): choose another --output; "
-            "--overwrite only replaces an earlier run"
+            f"{folder} holds files that are not from pyra ({listed}): choose another --output; "
+            f"--overwrite only replaces an earlier {kind}"
         )
-    if names and not overwrite:
-        state = "a finished run" if marker in names else "an unfinished run"
-        raise OutputError(f"{folder} already holds {state}: pass --overwrite to replace it or choose another --output")
+    if found != kind:
+        raise OutputError(f"{folder} holds a {found}, not a {kind}: choose another --output")
+    if not overwrite:
+        raise OutputError(f"{folder} already holds a {kind}: pass --overwrite to replace it or choose another --output")
+    return True
+
+
+def _kind_of(folder: Path) -> str | None:
     try:
-        write_json(folder / CLAIM_FILE, {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
-        for entry in entries:
-            if entry.name in (marker, *ours):
-                _remove(entry)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error}; choose another --output") from error
-    return folder
+        claim = json.loads((folder / CLAIM_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = claim.get("kind") if isinstance(claim, dict) else None
+    return kind if kind in WRITTEN else None
 
 
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+def _swap_in(staging: Path, folder: Path, kind: Kind) -> None:
+    """Put the entries of ``staging`` in the place of the earlier ones, which go last."""
+    aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    for entry in list(folder.iterdir()):
+        if entry.name == CLAIM_FILE or any(fnmatch.fnmatch(entry.name, pattern) for pattern in WRITTEN[kind]):
+            entry.rename(aside / entry.name)
+    for entry in list(staging.iterdir()):
+        entry.rename(folder / entry.name)
+    staging.rmdir()
+    shutil.rmtree(aside)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _refuse_dangerous(folder: Path) -> None:

@@ -9,14 +9,13 @@ import json
 import os
 import platform
 import subprocess
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyra.errors import ConfigError, DataError, did_you_mean
+from pyra.errors import ConfigError, DataError
+from pyra.records import record_problems
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
@@ -72,44 +71,14 @@ class RunResult:
         Raises:
             ConfigError: all problems at once: unknown or missing keys, values of a wrong type, a newer schema.
         """
-        hints = typing.get_type_hints(cls)
-        required = [
-            f.name
-            for f in dataclasses.fields(cls)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
         version = data.get("schema_version", SCHEMA_VERSION)
         problems = []
         if type(version) is int and version > SCHEMA_VERSION:
             problems.append(f"schema version {version} is newer than {SCHEMA_VERSION}, the newest known: upgrade pyra")
-        problems += [f"unknown key {key!r}{did_you_mean(str(key), hints)}" for key in data if key not in hints]
-        problems += [f"key {name!r} is missing" for name in required if name not in data]
-        problems += [
-            f"{name} = {data[name]!r} should be of type {_type_name(hint)}"
-            for name, hint in hints.items()
-            if name in data and not _fits(data[name], hint)
-        ]
+        problems += record_problems(cls, data)
         if problems:
             raise ConfigError("not a result: " + "; ".join(problems))
         return cls(**data)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the annotated type (an int is a float; a bool is not an int)."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, arg) for arg in args)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint in (int, float):
-        return not isinstance(value, bool) and isinstance(value, int if hint is int else (int, float))
-    return isinstance(value, hint)
 
 
 def read_result(folder: str | os.PathLike[str]) -> RunResult:

@@ -41,27 +41,48 @@ def read_parquet(path: Path) -> Rows:
     """Read the image and the label column of a parquet file; a label is a ClassLabel, an integer or a string.
 
     Raises:
-        DataError: not a parquet file, no such columns, or rows without a label.
+        DataError: not a parquet file, no such columns, rows without a label, or images outside the file's folder.
     """
     try:
         schema = pq.read_schema(path)
-        image, label = _image_column(schema, path), _label_column(schema, path)
+        features = _features(schema, path)
+        image, label = _image_column(schema, features, path), _label_column(schema, features, path)
         table = pq.read_table(path, columns=[image, label])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     images = pa.chunked_array([_IMAGE.cast_storage(chunk) for chunk in table[image].chunks], type=_IMAGE.pa_type)
-    labels, classes = _label_names(table[label], datasets.Features.from_arrow_schema(schema)[label], path)
+    images = _beside(images, path)
+    labels, classes = _label_names(table[label], features[label], path)
     names = [Path(entry).name if entry else "" for entry in _field(images, "path")]
     sources = [f"{path.name} row {row}" + (f" ({name})" if name else "") for row, name in enumerate(names)]
     return Rows(images, labels, sources, classes)
 
 
 def read_image_folder(folder: Path) -> Rows:
-    """Read ``folder/class/**/image`` files; the class is the first-level folder, files of other kinds are ignored."""
+    """Read ``folder/class/**/image`` files; the class is the first-level folder, files of other kinds are ignored.
+
+    Raises:
+        DataError: a class folder without images, or no class folder with images directly inside: the folder is then
+            most likely one level too high.
+    """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths: list[Path] = []
-    for entry in class_folders(folder):
-        paths += sorted(p for p in entry.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    found = {
+        entry: sorted(p for p in entry.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        for entry in class_folders(folder)
+    }
+    empty = [entry.name for entry, images in found.items() if not images]
+    if empty and len(empty) < len(found):
+        raise DataError(
+            f"{folder}: no readable images in the class folder{'s' * (len(empty) > 1)} {_shorten(empty)}; "
+            "add some or remove it"
+        )
+    if found and not empty and not any(image.parent == entry for entry, images in found.items() for image in images):
+        example = next(iter(found))
+        raise DataError(
+            f"{folder}: all images lie deeper than in class folders (such as {found[example][0].parent}); "
+            f"give the folder above the classes, such as {example}"
+        )
+    paths = [image for images in found.values() for image in images]
     labels = [path.relative_to(folder).parts[0] for path in paths]
     sources = [str(path) for path in paths]
     storage = pa.array([{"bytes": None, "path": source} for source in sources], type=_IMAGE.pa_type)
@@ -101,8 +122,32 @@ def to_dataset(parts: Sequence[Rows], classes: Sequence[str]) -> datasets.Datase
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def _image_column(schema: pa.Schema, path: Path) -> str:
-    features = datasets.Features.from_arrow_schema(schema)
+def _features(schema: pa.Schema, path: Path) -> datasets.Features:
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except Exception as error:  # the library parses JSON somebody wrote into the file, and raises what comes up
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: its description of the columns ('huggingface' metadata) is broken: {reason}"
+        ) from None
+
+
+def _beside(images: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
+    """Resolve images that are stored as paths: relative to the parquet file, and never outside its folder."""
+    home = path.parent.resolve()
+    rows = images.to_pylist()
+    if all(row is None or row["bytes"] is not None or row["path"] is None for row in rows):
+        return images
+    for number, row in enumerate(rows):
+        if row is not None and row["bytes"] is None and row["path"] is not None:
+            file = (home / row["path"]).resolve()
+            if not file.is_relative_to(home):
+                raise DataError(f"{path} row {number} points to {row['path']}, outside {home}: store the images in it")
+            row["path"] = str(file)
+    return pa.chunked_array([pa.array(rows, type=_IMAGE.pa_type)])
+
+
+def _image_column(schema: pa.Schema, features: datasets.Features, path: Path) -> str:
     for field in schema:
         struct = pa.types.is_struct(field.type) and {"bytes", "path"} <= {sub.name for sub in field.type}
         if struct or isinstance(features[field.name], datasets.Image):
@@ -113,8 +158,7 @@ def _image_column(schema: pa.Schema, path: Path) -> str:
     )
 
 
-def _label_column(schema: pa.Schema, path: Path) -> str:
-    features = datasets.Features.from_arrow_schema(schema)
+def _label_column(schema: pa.Schema, features: datasets.Features, path: Path) -> str:
     typed = [name for name in schema.names if isinstance(features[name], datasets.ClassLabel)]
     named = [name for name in LABEL_COLUMNS if name in schema.names]
     if not typed and not named:

@@ -10,8 +10,9 @@ adapter/        what was trained (pyra.adapters.saving)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import torch
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
+from pyra.backbones import geometry
 from pyra.backbones.loading import create_backbone
-from pyra.errors import ConfigError, DataError, did_you_mean
+from pyra.errors import ConfigError, DataError
 from pyra.files import write_json
-from pyra.tasks.options import RunOptions
+from pyra.records import record_problems
+from pyra.tasks.options import DEVICES, RunOptions
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
@@ -34,9 +37,12 @@ def resolve_device(name: str) -> torch.device:
     """Turn auto / cpu / cuda into a device; raises :class:`ConfigError` for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name} was asked for, but no CUDA device is available; use --device cpu")
-    return torch.device(name)
+    if re.fullmatch(DEVICES, name) is None:
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def new_backbone(options: RunOptions, num_classes: int) -> nn.Module:
@@ -53,8 +59,13 @@ def new_backbone(options: RunOptions, num_classes: int) -> nn.Module:
 
 
 def new_model(options: RunOptions, num_classes: int) -> nn.Module:
-    """Create the backbone and adapt it as the options say."""
+    """Create the backbone and adapt it as the options say.
+
+    Raises:
+        UnsupportedModelError: also for methods that merge nothing, because every run reports its cost.
+    """
     model = new_backbone(options, num_classes)
+    geometry(model)
     if options.method == "full":
         return model
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
@@ -79,17 +90,21 @@ def load_run(folder: str | Path) -> tuple[nn.Module, RunOptions, list[str]]:
     folder = Path(folder)
     options = _read_options(folder)
     labels = _read_json(folder, _LABELS)
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise DataError(f"{folder / _LABELS} holds no list of class names")
     model = load_adapter(new_backbone(options, len(labels)), folder / ADAPTER)
     return fold_adapter(model).eval().requires_grad_(False), options, labels
 
 
 def _read_options(folder: Path) -> RunOptions:
     values = _read_json(folder, _OPTIONS)
-    known = {f.name for f in fields(RunOptions)}
-    unknown = [f"{key!r}{did_you_mean(key, known)}" for key in values if key not in known]
-    if unknown:
-        raise DataError(f"{folder / _OPTIONS}: unknown options {', '.join(unknown)}")
-    return RunOptions(**values)
+    problems = record_problems(RunOptions, values)
+    if problems:
+        raise DataError(f"{folder / _OPTIONS} holds no options of a run: {'; '.join(problems)}")
+    try:
+        return RunOptions(**values)
+    except ConfigError as error:
+        raise DataError(f"{folder / _OPTIONS}: {error}") from None
 
 
 def _read_json(folder: Path, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from transformers import (
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.adapt import REACTIVATION
-from pyra.backbones.loading import preprocessing
+from pyra.errors import TrainingError
 from pyra.files import write_json
-from pyra.tasks.data import ImageDataset, Task, image_dataset, load_task
-from pyra.tasks.evaluation import measure, score
+from pyra.tasks.data import ImageDataset, Task, load_task
+from pyra.tasks.evaluation import data_for, measure, score
 from pyra.tasks.options import RunOptions
-from pyra.tasks.output import claim_output
+from pyra.tasks.output import staged_output
 from pyra.tasks.results import RunResult, environment
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
 
@@ -70,8 +71,13 @@ class ProgressBar(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Show the newest loss."""
+        """Show the newest loss, and stop where it is no number any more."""
         if logs and "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise TrainingError(
+                    f"the loss is {logs['loss']} at step {state.global_step}: training diverged; lower --lr"
+                    + (" or use --dtype bfloat16" if args.fp16 else "")
+                )
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", epoch=f"{state.epoch:.1f}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -82,33 +88,26 @@ class ProgressBar(TrainerCallback):
 def train(options: RunOptions) -> RunResult:
     """Train, score and time one run, and write its folder.
 
-    All that can be wrong with the input is found before the output folder is touched.
+    All that can be wrong with the input is found before the output folder is touched, and an earlier run there is
+    replaced when the new one is complete.
 
     Raises:
         PyraError: for anything wrong with the options, the data, the backbone or the output folder.
+        TrainingError: where the loss stops being a number.
     """
     set_seed(options.seed)
     device = resolve_device(options.device)
     task = load_task(options.task, options.data)
     model = new_model(options, len(task.labels))
     train_data, test_data = splits(options, task, model)
-    folder = claim_output(options.output, options.overwrite)
-    return run(options, task, model, train_data, test_data, folder, device)
+    with staged_output(options.output, "run", options.overwrite) as folder:
+        return run(options, task, model, train_data, test_data, folder, device)
 
 
 def splits(options: RunOptions, task: Task, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
     """Decode the train and test split of a task for a model."""
-    prepared = preprocessing(model)
     train_data, test_data = (
-        image_dataset(
-            task,
-            split,
-            image_size=prepared.image_size,
-            mean=prepared.mean,
-            std=prepared.std,
-            skip_broken=options.skip_broken,
-            limit=options.limit,
-        )
+        data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit)
         for split in ("train", "test")
     )
     return train_data, test_data
@@ -166,7 +165,11 @@ def run(
 
 
 def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path, device: torch.device) -> float:
-    """Train the weights that require gradients; returns the seconds it took."""
+    """Train the weights that require gradients; returns the seconds it took.
+
+    Raises:
+        TrainingError: where the loss or a trained weight is NaN or infinite.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=options.epochs,
@@ -176,6 +179,7 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
         lr_scheduler_kwargs={"min_lr_rate": 0.01},
         warmup_steps=0.1,
         logging_steps=10,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
@@ -194,6 +198,9 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if broken:
+        raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
     with contextlib.suppress(OSError):  # nothing is saved in it: leave no empty folder
         (folder / "checkpoints").rmdir()
     return seconds

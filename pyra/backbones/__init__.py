@@ -14,7 +14,7 @@ from torch import nn
 
 from pyra.config import PyraConfig
 from pyra.cost import Geometry, geometry_macs
-from pyra.errors import ScheduleError, UnsupportedModelError
+from pyra.errors import ConfigError, ScheduleError, UnsupportedModelError
 from pyra.schedule import check_schedule, preset_schedule, solve_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,10 +41,13 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     Raises:
         UnsupportedModelError: where the model's tokens cannot be merged, with the reason.
         ScheduleError: where the schedule does not fit, with all problems.
+        ConfigError: where ``config`` is not a configuration.
 
     Example:
         >>> model = wrap(timm.create_model("vit_base_patch16_224"), PyraConfig(rate=0.5))  # doctest: +SKIP
     """
+    if not isinstance(config, PyraConfig):
+        raise ConfigError(f"wrap needs a PyraConfig, such as PyraConfig(rate=0.5); got {config!r}")
     family = family_of(model)
     sizes = geometry(model)
     schedule = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)

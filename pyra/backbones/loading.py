@@ -5,26 +5,19 @@ The one module beside ``timm_*`` that imports timm, because it creates models.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from pyra.checkpoints import non_finite, read_state_dict
 from pyra.errors import CheckpointError, ConfigError, did_you_mean
-
-# What checkpoints are commonly nested under.
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 
 
 def create_backbone(
@@ -66,14 +59,16 @@ def create_backbone(
         kwargs["img_size"] = image_size
     try:
         model = timm.create_model(name, pretrained=pretrained and checkpoint is None, num_classes=num_classes, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {error}") from None
-    except (OSError, RuntimeError) as error:
+    except (TypeError, AssertionError, ZeroDivisionError) as error:
+        raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {_one_line(error)}") from None
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        if folder.is_dir():
+            raise ConfigError(f"timm cannot read the backbone in {folder}: {_one_line(error)}") from None
         if not pretrained or checkpoint is not None:
-            raise
+            raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {_one_line(error)}") from None
+        _check_image_size(_without_weights(name, num_classes, kwargs), image_size)
         raise ConfigError(
-            f"the weights of {name!r} could not be had ({' '.join(str(error).split())[:300]}); "
-            "give a local file with --checkpoint"
+            f"the weights of {name!r} could not be had ({_one_line(error)}); give a local file with --checkpoint"
         ) from None
     _check_image_size(model, image_size)
     if checkpoint is not None:
@@ -91,13 +86,21 @@ class Preprocessing:
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """Return the preprocessing a timm model was pretrained with, at its present image size."""
+    """Return the preprocessing a timm model was pretrained with, at its present image size.
+
+    Raises:
+        ConfigError: for a backbone that does not take square RGB images, or whose normalisation divides by zero.
+    """
     plain: Any = model
     backbone = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     config = resolve_model_data_config(backbone)
     height, width = backbone.patch_embed.img_size
     if height != width:
         raise ConfigError(f"the backbone takes {height} x {width} images; only square ones are prepared here")
+    if len(config["mean"]) != 3 or not all(0 < std < float("inf") for std in config["std"]):
+        raise ConfigError(
+            f"the backbone's config has mean {config['mean']} and std {config['std']}: three each, std > 0"
+        )
     return Preprocessing(height, tuple(config["mean"]), tuple(config["std"]))
 
 
@@ -108,7 +111,7 @@ def load_backbone_checkpoint(model: nn.Module, path: str | Path) -> None:
         CheckpointError: naming every tensor that does not fit, is missing, or has no place.
     """
     path = Path(path)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         _load_npz(model, path)
         return
     state = read_state_dict(path)
@@ -128,52 +131,29 @@ def load_backbone_checkpoint(model: nn.Module, path: str | Path) -> None:
     ]
     problems += [f"{key} is not in the file" for key in own if key not in state and key not in replaced]
     problems += [f"{key} has no place in the model" for key in state if key not in own]
+    problems += non_finite(state)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {shown}")
     model.load_state_dict(state, strict=False)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a ``.safetensors``, ``.pth``/``.pt``/``.bin`` (``weights_only``) or ``.npz`` file.
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300] or "no reason given"
+    return f"{type(error).__name__}: {text}" if isinstance(error, (KeyError, AttributeError)) else text
 
-    Raises:
-        CheckpointError: where the file is missing, unreadable, or would have to be unpickled.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+
+def _without_weights(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
+    """The same model with random weights, to tell a wrong option from weights that cannot be had."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        if path.suffix not in (".pth", ".pt", ".bin"):
-            raise CheckpointError(f"{path}: unknown kind {path.suffix!r}; use .safetensors, .npz, .pth, .pt or .bin")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (CheckpointError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot be read without running code from it; convert it to .safetensors where you trust it"
-        ) from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path}: not a readable {path.suffix} file ({' '.join(str(error).split())[:200]})"
-        ) from None
-    for key in _NESTED:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, **kwargs)
+    except Exception as error:
+        raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {_one_line(error)}") from None
 
 
 def _check_image_size(model: nn.Module, image_size: int | None) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if image_size is not None and patch is not None and any(image_size % side for side in patch):
+    if image_size is not None and patch is not None and any(image_size < side or image_size % side for side in patch):
         raise ConfigError(f"image size {image_size} is not a multiple of the patch size {patch[0]}")
 
 

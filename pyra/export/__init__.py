@@ -41,13 +41,16 @@ def export_model(
         What was written and how it compares.
 
     Raises:
-        ConfigError: unknown format, or the library it needs is missing (names the extra to install).
+        ConfigError: unknown format, a tolerance that is none, or the library it needs is missing (names the
+            extra to install).
         ExportError: the reloaded model differs; no file that looks finished is left.
     """
     if format not in FORMATS:
         raise ConfigError(
             f"unknown export format {format!r}{did_you_mean(format, FORMATS)}; there is {', '.join(FORMATS)}"
         )
+    if not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"the tolerance must be a number of at least 0, got {tolerance}")
     from pyra.export.onnx import export_onnx
 
     return export_onnx(model, Path(folder), example_input, tolerance, metadata or {})

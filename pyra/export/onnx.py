@@ -61,8 +61,8 @@ def export_onnx(
     with atomic_path(folder / FILE) as temporary:
         onnx.save(proto, str(temporary))
         actual = torch.cat([_Session(temporary)(part) for part in (example[:1], example[1:]) if len(part)])
-        report = compare(str(folder / FILE), temporary.stat().st_size / 1e6, expected, actual)
-        if not math.isfinite(report.max_difference) or report.relative_difference > tolerance:
+        report = compare(FILE, temporary.stat().st_size / 1e6, expected, actual)
+        if not math.isfinite(report.max_difference) or not report.relative_difference <= tolerance:
             raise ExportError(
                 f"the exported model differs by {report.max_difference:.3g} (largest logit {report.max_logit:.3g}), "
                 f"more than the tolerance {tolerance:g} of it; nothing was written"

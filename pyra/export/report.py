@@ -12,7 +12,7 @@ class ExportReport:
     """Comparison of an exported file, reloaded, with its model on the same inputs.
 
     Attributes:
-        file: path written.
+        file: name of the file in its folder.
         megabytes: its size, 1 MB = 1e6 bytes.
         max_difference: largest absolute difference of a logit.
         max_logit: largest absolute logit, for scale.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import peft
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import pyra
 from pyra import PyraConfig
 from pyra.adapters import BottleneckConfig, adapt, fold_adapter, load_adapter, save_adapter
+from pyra.backbones import wrapped_config
 from pyra.errors import CheckpointError, ConfigError
 
 METHODS = {
@@ -165,3 +169,60 @@ def test_merging_is_never_lost_in_silence(tmp_path: Path) -> None:
     (tmp_path / "pyra_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"pyra_config\.json is missing"):
         load_adapter(backbone(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_tensors_missing_left_over_or_no_numbers(method: str, tmp_path: Path) -> None:
+    def reload(weights: dict[str, torch.Tensor]) -> None:
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        load_adapter(base, tmp_path)
+
+    save_adapter(adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=METHODS[method]()), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    base = backbone()
+    for key in (next(k for k in weights if "reactivation" in k), next(k for k in weights if "head" in k)):
+        with pytest.raises(CheckpointError, match=f"{re.escape(key)} is not in the file"):
+            reload({k: v for k, v in weights.items() if k != key})
+        assert wrapped_config(base) is None, "a failed load leaves the backbone as it was"
+        base = backbone()
+        with pytest.raises(CheckpointError, match=f"{re.escape(key)} holds NaN"):
+            reload(weights | {key: weights[key] * float("nan")})
+        base = backbone()
+    with pytest.raises(CheckpointError, match=r"head\.extra is not in the model|size mismatch|unexpected"):
+        reload(weights | {"head.extra": torch.ones(1)})
+    reload(weights)
+
+
+def test_weights_that_peft_would_not_save_are_named(tmp_path: Path) -> None:
+    model = adapt(backbone(), peft=peft.LoraConfig(r=4))
+    model.get_base_model().norm.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"norm\.weight.*modules_to_save"):
+        save_adapter(model, tmp_path)
+    save_adapter(adapt(backbone(), peft=peft.LoraConfig(r=4, modules_to_save=["norm"])), tmp_path)
+    assert any(".norm." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_one_adapter_of_any_name_is_saved(images: torch.Tensor, tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        pyra.wrap(backbone(), PyraConfig(rate=0.5, reactivation=False)),
+        peft.LoraConfig(r=4, target_modules=["qkv"], modules_to_save=["head"]),
+        adapter_name="mine",
+    )
+    train(model)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(backbone(), tmp_path)(images), model(images))
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["qkv"]))
+    with pytest.raises(ConfigError, match=r"2 adapters \(mine, other\)"):
+        save_adapter(model, tmp_path)
+
+
+def test_peft_names_that_reach_into_the_reactivation(images: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save norm: PEFT would also take .*reactivation\.norm"):
+        adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LoraConfig(r=4, modules_to_save=["norm"]))
+    with pytest.raises(ConfigError, match="has no weights"):  # timm's Identity modules are called norm as well
+        adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LNTuningConfig(target_modules=["norm"]))
+    targets = r".*blocks\.\d+\.(norm1|reactivation\.norm)"
+    model = adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LNTuningConfig(target_modules=targets))
+    train(model)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(backbone(), tmp_path)(images), model(images))

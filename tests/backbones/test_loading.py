@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from pyra.backbones.loading import create_backbone, load_backbone_checkpoint, read_state_dict
+from pyra.backbones.loading import create_backbone, load_backbone_checkpoint, preprocessing
+from pyra.checkpoints import read_state_dict
 from pyra.errors import CheckpointError, ConfigError
 
 NAME = "vit_tiny_patch16_224"
@@ -96,12 +98,66 @@ def test_unknown_tag(checkpoint: str | None, tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> nn.Module:
-        raise OSError("cannot reach\nthe hub")
+    real = timm.create_model
+
+    def offline(*args: object, pretrained: bool, **kwargs: object) -> nn.Module:
+        if pretrained:
+            raise OSError("cannot reach\nthe hub")
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ConfigError, match=rf"weights of '{NAME}' could not be had \(cannot reach the hub\)"):
         create_backbone(NAME, num_classes=3)
+    with pytest.raises(ConfigError, match="image size 1 is not a multiple of the patch size 16"):
+        create_backbone(NAME, num_classes=3, image_size=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": 3}, "cannot read the backbone"),
+        ({"architecture": "vit_enormous"}, "cannot read the backbone"),
+        ({"pretrained_cfg": []}, "cannot read the backbone"),
+        ({"model_args": {"embed_dim": 33}}, "timm cannot create|cannot read the backbone"),
+        ("{", "cannot read the backbone"),
+        ("[]", "timm cannot create"),
+    ],
+)
+def test_a_backbone_folder_that_cannot_be_read(change: dict[str, object] | str, message: str, tmp_path: Path) -> None:
+    save_for_hf(tiny(), str(tmp_path), safe_serialization=True)
+    file = tmp_path / "config.json"
+    file.write_text(change if isinstance(change, str) else json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match=message):
+        create_backbone(str(tmp_path), num_classes=3)
+
+
+def test_a_normalisation_that_divides_by_zero() -> None:
+    model = tiny()
+    model.pretrained_cfg["std"] = (0.5, 0.0, 0.5)
+    with pytest.raises(ConfigError, match="std"):
+        preprocessing(model)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.empty(3, device="meta"), "meta device"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
+    ],
+)
+def test_tensors_without_plain_values(tensor: torch.Tensor, message: str, tmp_path: Path) -> None:
+    torch.save({"a": tensor}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"a is .*{message}"):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    state["blocks.1.mlp.fc1.bias"][2] = float("nan")
+    save_file(state, tmp_path / "WEIGHTS.SAFETENSORS")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.fc1\.bias holds NaN"):
+        load_backbone_checkpoint(tiny(), tmp_path / "WEIGHTS.SAFETENSORS")
 
 
 def test_settings_that_timm_refuses() -> None:

@@ -87,7 +87,7 @@ def test_report_and_metadata(exported: tuple[Path, ExportReport]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [REPORT, FILE]
     assert report.compared == 3 and report.top1_agreement == 1
     assert report.relative_difference < 1e-4 and report.max_logit > 0.1
-    assert report.file == str(folder / FILE)
+    assert report.file == FILE
     assert report.megabytes == pytest.approx((folder / FILE).stat().st_size / 1e6)
     values = json.loads((folder / REPORT).read_text())
     assert values["format"] == "onnx" and values["max_difference"] == report.max_difference

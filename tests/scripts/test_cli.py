@@ -228,6 +228,7 @@ def test_main_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (DataError("no such task 'x'"), 2, "pyra: error: no such task 'x'\n"),
         (KeyboardInterrupt(), 130, "pyra: interrupted\n"),
+        (PermissionError(13, "Permission denied", "/a/b"), 2, "pyra: error: cannot use /a/b: Permission denied\n"),
     ],
 )
 def test_main_turns_errors_into_a_line_and_a_status(

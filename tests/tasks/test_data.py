@@ -116,7 +116,7 @@ def test_exactly_one_of_task_and_data(arguments):
     ("change", "message"),
     [
         ({"colour": 1}, "unknown key 'colour'"),
-        ({"metric": None}, "missing key 'metric'"),
+        ({"metric": None}, "key 'metric' is missing"),
         ({"classes": 3}, "says 3 classes"),
         ({"preprocessing": "crop"}, "preprocessing 'crop' is not one of squash"),
     ],
@@ -202,11 +202,12 @@ def test_label_columns(tmp_path, train, test, names, labels, numbers):
 
 
 def test_columns_are_found_without_the_metadata_of_datasets(tmp_path):
-    table = pa.table({"id": [7], "photo": [{"bytes": encoded(), "path": None}], "label": ["cat"]})
+    photos = [{"bytes": encoded(), "path": None}] * 2
+    table = pa.table({"id": [7, 8], "photo": photos, "label": ["cat", "dog"]})
     for split in ("train", "test"):
         pq.write_table(table, tmp_path / f"{split}.parquet")
     data = image_dataset(load_task(data=str(tmp_path)), "test", image_size=4, **HALF)
-    assert data.source(0) == "test.parquet row 0" and len(data) == 1
+    assert data.source(1) == "test.parquet row 1" and len(data) == 2
 
 
 def test_a_single_parquet_file_is_divided(tmp_path):
@@ -240,6 +241,14 @@ def broken_folder(tmp_path, case):
             pq.write_table(pa.table({"image": [{"bytes": b"", "path": ""}], "label": [0.5]}), train)
         case "not parquet":
             train.write_bytes(b"PAR1 no")
+        case "broken metadata":
+            table = pq.read_table(train).replace_schema_metadata({"huggingface": "{nonsense"})
+            pq.write_table(table, train)
+        case "one class":
+            write_parquet(train, [0, 0], ["cat"])
+            write_parquet(test, [0], ["cat"])
+        case "image elsewhere":
+            write_parquet(train, [0, 1], payloads=[encoded(), None], paths=["a.png", "../outside.png"])
 
 
 @pytest.mark.parametrize(
@@ -259,6 +268,9 @@ def broken_folder(tmp_path, case):
         ("label out of range", "test.parquet row 1: label 7 is outside the 2 classes"),
         ("label of another type", "labels are float; they must be integers or strings"),
         ("not parquet", r"train.parquet cannot be read as parquet"),
+        ("broken metadata", "train.parquet: its description of the columns .* is broken"),
+        ("one class", r"a single class \(cat\)"),
+        ("image elsewhere", r"row 1 points to ../outside.png, outside"),
     ],
 )
 def test_unusable_parquet_folder(tmp_path, case, message):
@@ -278,12 +290,60 @@ def test_path_that_does_not_exist_or_is_no_data(tmp_path):
         load_task(data=str(tmp_path / "pets"))
     with pytest.raises(DataError, match=r"is empty: no parquet files and no images"):
         load_task(data=str(tmp_path))
+    with pytest.raises(DataError, match="--data is empty"):
+        load_task(data=" ")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="neither a folder nor a parquet file"):
         load_task(data=str(tmp_path / "notes.txt"))
 
 
+def test_images_stored_as_paths_lie_beside_the_parquet_file(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "dog.png").write_bytes(encoded((9, 9, 9)))
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    write_parquet(tmp_path / "test.parquet", [0, 1], payloads=[encoded(), None], paths=["x", "pictures/dog.png"])
+    data = image_dataset(load_task(data=str(tmp_path)), "test", image_size=4, **HALF)
+    assert data.image(1).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_a_row_without_an_image_is_a_broken_one(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    write_parquet(tmp_path / "test.parquet", [0, 1], payloads=[encoded(), None], paths=["x", None])
+    task = load_task(data=str(tmp_path))
+    with pytest.raises(DataError, match="row 1: the row holds no image"):
+        image_dataset(task, "test", image_size=4, **HALF)
+    assert len(image_dataset(task, "test", image_size=4, **HALF, skip_broken=True)) == 1
+
+
 # folders of images
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["cat"], r"a single class \(cat\)"),
+        (["pets/train/cat", "pets/train/dog", "cars/train/red"], "lie deeper.*give the folder above the classes"),
+    ],
+)
+def test_a_folder_at_the_wrong_level(tmp_path, folders, message):
+    for folder in folders:
+        write_images(tmp_path / folder, {".": 3})
+    with pytest.raises(DataError, match=message):
+        load_task(data=str(tmp_path))
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    write_images(tmp_path, {"cat": 3, "dog": 3})
+    (tmp_path / "fox").mkdir()
+    (tmp_path / "fox" / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="no readable images in the class folder fox"):
+        load_task(data=str(tmp_path))
+
+
+def test_image_folder_with_long_split_names(tmp_path):
+    write_images(tmp_path / "training", {"dog": 3, "cat": 2})
+    write_images(tmp_path / "Testing", {"dog": 1})
+    assert sorted(load_task(data=str(tmp_path)).splits) == ["test", "train"]
 
 
 def test_image_folder_with_splits(tmp_path):
@@ -326,13 +386,13 @@ def test_unusable_image_folders(tmp_path):
 
 def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
     data, cwd = tmp_path / "data", tmp_path / "cwd"
-    write_images(data, {"cat": 2})
+    write_images(data, {"cat": 2, "dog": 2})
     cwd.mkdir()
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cwd / "cache"))
     image_dataset(load_task(data=str(data)), "test", image_size=4, **HALF)
     image_dataset(load_task("demo"), "test", image_size=4, **HALF, limit=2)
-    assert os.listdir(cwd) == [] and sorted(os.listdir(data)) == ["cat"]
+    assert os.listdir(cwd) == [] and sorted(os.listdir(data)) == ["cat", "dog"]
 
 
 # unreadable images
@@ -396,11 +456,19 @@ def test_a_split_of_nothing_but_broken_images_is_an_error(damaged):
 
 
 def test_unreadable_file_in_an_image_folder_is_named_by_its_path(tmp_path):
-    write_images(tmp_path / "train", {"cat": 2})
+    write_images(tmp_path / "train", {"cat": 2, "dog": 1})
     write_images(tmp_path / "test", {"cat": 1})
     (tmp_path / "train" / "cat" / "01.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(DataError, match=r"1 of 2 images cannot be read: .*train.cat.01\.png"):
+    with pytest.raises(DataError, match=r"1 of 3 images cannot be read: .*train.cat.01\.png"):
         image_dataset(load_task(data=str(tmp_path)), "train", image_size=4, **HALF)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_unknown_range_are_refused(mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (8, 8), 700).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="32-bit pixels"):
+        decode_image(buffer.getvalue())
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch):

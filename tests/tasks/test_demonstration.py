@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pyra.tasks.demonstration import FILES, METHODS, DemoSettings, demonstrate
+from pyra.tasks.demonstration import METHODS, DemoSettings, demonstrate
+from pyra.tasks.output import WRITTEN
 
 
 @pytest.mark.slow  # four trainings and an ONNX export
 def test_demonstration(tmp_path: Path) -> None:
     outcome = demonstrate(tmp_path / "demo", DemoSettings(epochs=1, limit=40, device="cpu"))
-    for name in FILES:
+    for name in WRITTEN["demo"]:
         assert (tmp_path / "demo" / name).exists(), name
     rows = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert [row["method"] for row in rows] == list(METHODS)

@@ -1,73 +1,145 @@
-"""The refusals that keep other people's files."""
+"""The refusals and the swap that keep other people's files, and one's own earlier ones."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pyra.errors import OutputError
-from pyra.tasks.output import CLAIM_FILE, claim_output
+from pyra.tasks.output import CLAIM_FILE, WRITTEN, staged_output
 
 
 def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_claim_makes_a_folder_that_cannot_be_claimed_twice(tmp_path):
-    folder = claim_output(tmp_path / "runs" / "a")
-    assert folder.is_dir()
-    with pytest.raises(OutputError, match=r"unfinished run.*--overwrite") as caught:
-        claim_output(folder)
+def write(folder, kind="run", overwrite=False, **files):
+    with staged_output(folder, kind, overwrite) as staging:
+        for name, text in files.items():
+            path = staging / name.replace("__", "/").replace("_json", ".json")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+
+def test_an_output_appears_whole_and_is_not_replaced_by_chance(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    with staged_output(folder, "run") as staging:
+        (staging / "result.json").write_text("1")
+        assert not (folder / "result.json").exists()
+    assert set(tree(folder)) == {CLAIM_FILE, "result.json"}
+    assert json.loads((folder / CLAIM_FILE).read_text())["kind"] == "run"
+    with pytest.raises(OutputError, match=r"already holds a run.*--overwrite") as caught:
+        write(folder)
     assert str(folder) in str(caught.value)
-    (folder / "result.json").write_text("{}")
-    with pytest.raises(OutputError, match=r"a finished run.*--overwrite"):
-        claim_output(folder)
-    assert (folder / "result.json").read_text() == "{}"
+    assert (folder / "result.json").read_text() == "1"
 
 
-def test_claim_accepts_an_empty_folder_with_a_gitkeep(tmp_path):
+def test_an_empty_folder_with_a_gitkeep_is_free(tmp_path):
     (tmp_path / ".gitkeep").touch()
-    assert claim_output(tmp_path) == tmp_path
-    assert (tmp_path / ".gitkeep").exists()
+    write(tmp_path, result_json="1")
+    assert set(tree(tmp_path)) == {".gitkeep", CLAIM_FILE, "result.json"}
 
 
 def test_overwrite_removes_only_what_a_run_writes(tmp_path):
-    folder = claim_output(tmp_path / "run")
-    for name in ("result.json", "adapter/adapter_model.safetensors", "checkpoints/x", "notes.txt", "mine/result.json",
-                 ".gitignore"):  # fmt: skip
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
+    folder = tmp_path / "run"
+    write(folder, result_json="old", adapter__weights="old", evaluation_json="old")
+    for name in ("notes.txt", "mine/result.json", ".gitignore", "evaluation-train.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")
     (folder / "export").symlink_to(outside)
-    claim_output(folder, overwrite=True)
-    assert set(tree(folder)) == {CLAIM_FILE, "notes.txt", "mine/result.json", ".gitignore"}
+    write(folder, overwrite=True, result_json="new")
+    assert set(tree(folder)) == {CLAIM_FILE, "result.json", "notes.txt", "mine/result.json", ".gitignore"}
+    assert (folder / "result.json").read_text() == "new"
     assert not (folder / "export").is_symlink()
     assert tree(outside) == {"precious": b"x"}
 
 
-def test_overwrite_honours_marker_and_list(tmp_path):
-    for name in ("demo.json", "demo.md", "result.json"):
-        (tmp_path / name).write_text("x")
-    claim_output(tmp_path, overwrite=True, marker="demo.json", ours=["demo.md"])
-    assert set(tree(tmp_path)) == {CLAIM_FILE, "result.json"}
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+def test_an_error_leaves_the_earlier_run_as_it_was(tmp_path, stop):
+    folder = tmp_path / "run"
+    write(folder, result_json="old")
+    before = tree(folder)
+
+    def fail():
+        with staged_output(folder, "run", overwrite=True) as staging:
+            (staging / "result.json").write_text("half")
+            raise stop
+
+    with pytest.raises(stop):
+        fail()
+    assert tree(folder) == before
+    assert sorted(os.listdir(folder)) == sorted(before)
+
+
+def test_an_error_in_a_new_folder_leaves_nothing(tmp_path):
+    def fail():
+        with staged_output(tmp_path / "a", "run"):
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
+    assert not (tmp_path / "a").exists()
+
+
+def test_trained_weights_are_kept_after_an_error(tmp_path, capsys):
+    def fail():
+        with staged_output(tmp_path / "a", "run") as staging:
+            (staging / "adapter").mkdir()
+            (staging / "adapter" / "weights").write_text("dear")
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
+    (kept,) = (tmp_path / "a").glob(".partial-*")
+    assert str(kept) in capsys.readouterr().err
+    assert (kept / "adapter" / "weights").read_text() == "dear"
+    write(tmp_path / "a", result_json="1")  # and it does not bar the way
+
+
+def test_two_at_once_lose_nothing(tmp_path):
+    with pytest.raises(OutputError, match="another process") as caught, staged_output(tmp_path / "a", "run") as slow:
+        (slow / "result.json").write_text("slow")
+        write(tmp_path / "a", result_json="fast")
+    assert (tmp_path / "a" / "result.json").read_text() == "fast"
+    assert (slow / "result.json").read_text() == "slow"
+    assert str(slow) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_of_another_kind_is_refused(tmp_path, kind, overwrite):
+    other = next(k for k in WRITTEN if k != kind)
+    write(tmp_path / "a", other, result_json="1")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=f"holds a {other}, not a {kind}"):
+        write(tmp_path / "a", kind, overwrite)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_foreign_files_are_refused_and_kept(tmp_path, overwrite):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "weights").write_text("mine")
-    with pytest.raises(OutputError, match="not from a pyra run") as caught:
-        claim_output(tmp_path, overwrite)
+@pytest.mark.parametrize("name", ["adapter/weights", "result.json", CLAIM_FILE])
+def test_foreign_files_are_refused_and_kept(tmp_path, overwrite, name):
+    """A ``result.json`` of somebody else, or a claim file that says nothing, makes no run."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(OutputError, match="not from pyra") as caught:
+        write(tmp_path, overwrite=overwrite)
     assert str(tmp_path) in str(caught.value)
     assert "--overwrite" in str(caught.value)
-    assert tree(tmp_path) == {"adapter/weights": b"mine"}
+    assert tree(tmp_path) == {name: b"[]"}
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "root", "home", "above home", "checkout", "link to home"])
-def test_dangerous_places_are_refused_even_with_overwrite(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "kind",
+    ["file", "below a file", "root", "home", "above home", "checkout", "link to home", "circle of links", "long name"],
+)
+def test_places_that_cannot_be_written_are_refused_even_with_overwrite(tmp_path, monkeypatch, kind):
     home = tmp_path / "people" / "me"
     home.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
@@ -75,12 +147,14 @@ def test_dangerous_places_are_refused_even_with_overwrite(tmp_path, monkeypatch,
     checkout = tmp_path / "code"
     (checkout / ".git").mkdir(parents=True)
     (home / "link").symlink_to(home)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for folder in (home, checkout):
         (folder / "result.json").write_text("x")
     target = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "root": Path("/"), "home": home,
-              "above home": home.parent, "checkout": checkout, "link to home": home / "link"}[kind]  # fmt: skip
+              "above home": home.parent, "checkout": checkout, "link to home": home / "link",
+              "circle of links": tmp_path / "circle", "long name": tmp_path / ("x" * 300)}[kind]  # fmt: skip
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match=r"folder|file") as caught:
-        claim_output(target, overwrite=True)
+    with pytest.raises(OutputError, match=r"folder|file|cannot write") as caught:
+        write(target, overwrite=True)
     assert str(target) in str(caught.value)
     assert tree(tmp_path) == before

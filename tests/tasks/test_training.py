@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyra.errors import ConfigError, DataError, OutputError, ScheduleError
-from pyra.tasks.evaluation import evaluate_run
+from pyra.errors import ConfigError, DataError, OutputError, ScheduleError, TrainingError, UnsupportedModelError
+from pyra.tasks.evaluation import evaluate_run, score
 from pyra.tasks.options import METHODS, RunOptions
 from pyra.tasks.results import read_result
 from pyra.tasks.runs import load_run, new_model
@@ -75,7 +75,10 @@ def test_reactivation_learning_rate_applies(tiny_backbone: Path, tmp_path: Path)
 def test_training_lowers_the_loss(tiny_backbone: Path, tmp_path: Path) -> None:
     """Thirty epochs on forty pictures: the training pictures are told apart far above chance."""
     train(options(tiny_backbone, tmp_path / "run", epochs=30, lr=1e-2, dropout=0.0, drop_path=0.0))
+    tested = evaluate_run(tmp_path / "run", device="cpu")
     assert evaluate_run(tmp_path / "run", split="train", device="cpu").value > 0.5
+    written = {p.name: json.loads(p.read_text())["value"] for p in (tmp_path / "run").glob("evaluation*.json")}
+    assert written["evaluation.json"] == tested.value != written["evaluation-train.json"]
 
 
 def test_an_earlier_run_is_kept(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -98,6 +101,13 @@ def test_an_earlier_run_is_kept(tiny_backbone: Path, tmp_path: Path) -> None:
         ({"rate": 0.99}, ScheduleError, "can save at most"),
         ({"schedule": [1, 1]}, ScheduleError, "2 entries, the model has 3 blocks"),
         ({"image_size": 30}, ConfigError, "30 is not a multiple of the patch size 4"),
+        ({"backbone": "resnet18", "method": "linear", "pretrained": False}, UnsupportedModelError, "ResNet"),
+        (
+            {"backbone": "beit_base_patch16_224", "method": "lora", "pretrained": False},
+            UnsupportedModelError,
+            "relative position bias",
+        ),
+        ({"device": "cuda:99"}, ConfigError, "cuda:99 was asked for"),
     ],
 )
 def test_wrong_input_touches_nothing(
@@ -126,3 +136,35 @@ def test_unfinished_or_foreign_folders(tiny_backbone: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "options.json").write_text(json.dumps({**stored, "epoch": 3}))
     with pytest.raises(DataError, match="'epoch' \\(did you mean 'epochs'"):
         evaluate_run(tmp_path / "run")
+    for changed, message in (({"rate": "half"}, "rate = 'half'"), ({"device": "cpu:-1"}, "--device"), ([1], "list")):
+        values = {**stored, **changed} if isinstance(changed, dict) else changed
+        (tmp_path / "run" / "options.json").write_text(json.dumps(values))
+        with pytest.raises(DataError, match=message):
+            evaluate_run(tmp_path / "run")
+    (tmp_path / "run" / "options.json").write_text(json.dumps(stored))
+    (tmp_path / "run" / "labels.json").write_text("{}")
+    with pytest.raises(DataError, match="no list of class names"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_wrong_arguments_of_an_evaluation(tiny_backbone: Path, tmp_path: Path) -> None:
+    for arguments, message in (({"batch_size": -1}, "--batch-size"), ({"device": "cud"}, "--device")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate_run(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(("epochs", "what"), [(1, "trained tensors|loss is"), (20, "loss is nan at step")])
+def test_a_training_that_diverges_stops_and_loses_nothing(
+    epochs: int, what: str, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    train(options(tiny_backbone, tmp_path / "run"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(TrainingError, match=what):
+        train(options(tiny_backbone, tmp_path / "run", epochs=epochs, lr=1e8, overwrite=True))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_logits_that_are_no_numbers_are_not_scored() -> None:
+    data = [{"pixel_values": torch.zeros(3, 4, 4), "labels": 0}]
+    with pytest.raises(TrainingError, match="NaN or infinite"):
+        score(lambda x: torch.full((len(x), 2), float("nan")), data)  # type: ignore[arg-type]

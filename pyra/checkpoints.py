@@ -1,0 +1,73 @@
+"""Tensors from checkpoint files: nothing is unpickled, no code is run."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pyra.errors import CheckpointError
+
+# What checkpoints are commonly nested under.
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+
+
+def non_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Name the tensors that hold NaN or infinite values."""
+    return [f"{key} holds NaN or infinite values" for key, tensor in state.items() if not tensor.isfinite().all()]
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors``, ``.pth``/``.pt``/``.bin`` (``weights_only``) or ``.npz`` file.
+
+    Raises:
+        CheckpointError: where the file is missing, unreadable, or would have to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        suffix = path.suffix.lower()
+        if suffix == ".safetensors":
+            return load_file(path)
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        if suffix not in (".pth", ".pt", ".bin"):
+            raise CheckpointError(f"{path}: unknown kind {path.suffix!r}; use .safetensors, .npz, .pth, .pt or .bin")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (CheckpointError, pickle.UnpicklingError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be read without running code from it; convert it to .safetensors where you trust it"
+        ) from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: not a readable {path.suffix} file ({' '.join(str(error).split())[:200]})"
+        ) from None
+    for key in _NESTED:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors)")
+    odd = [f"{key} is {kind}" for key, value in loaded.items() if (kind := _unusable(value))]
+    if odd:
+        raise CheckpointError(f"{path}: {'; '.join(odd[:8])}; save plain dense tensors")
+    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _unusable(tensor: Tensor) -> str | None:
+    if tensor.is_meta:
+        return "on the meta device (it has no values)"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    return "quantised" if tensor.is_quantized else None
