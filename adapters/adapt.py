@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pyra.backbones import wrap
+from pyra.backbones import unwrap, wrap, wrapped_config
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError
 
@@ -33,16 +35,36 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
 
     Raises:
         UnsupportedModelError, ScheduleError: from :func:`pyra.wrap`.
-        ConfigError: where the target modules do not exist in the model, or ``modules_to_save`` reaches into the
-            re-activation modules.
+        ConfigError: where the target modules do not exist in the model or are of a kind the method cannot adapt, or
+            ``modules_to_save`` reaches into the re-activation modules. The backbone is then as it was.
 
     Example:
         >>> model = adapt(model, pyra=PyraConfig(rate=0.5), peft=LoraConfig(r=8))  # doctest: +SKIP
     """
     if isinstance(model, PeftModel):
         raise ConfigError("this model already carries an adapter: give adapt() the backbone, or fold_adapter it first")
-    if pyra is not None:
-        model = wrap(model, pyra)
+    with undone_on_error(model):
+        return _adapt(wrap(model, pyra) if pyra is not None else model, peft)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a backbone back as it was where the block fails: not wrapped, its weights trainable as before."""
+    wrapped = wrapped_config(model) is not None
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if not wrapped:
+            unwrap(model)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     trained = trained_modules(model)
     if peft is None:
         model.requires_grad_(False)
@@ -65,9 +87,8 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
         wanted = getattr(config, "target_modules", None)
         if isinstance(error, StopIteration):  # peft looks for a weight in a module that has none
             raise ConfigError(f"target_modules {wanted}: a module of that name has no weights; name others") from None
-        if "target" in str(error):
-            raise ConfigError(f"target_modules {wanted}: peft says: {error}") from None
-        raise
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"peft cannot attach {type(config).__name__} to target_modules {wanted}: {reason}") from None
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = backbone_name(model)
     return adapted

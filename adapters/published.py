@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from pyra.adapters.bottleneck import BottleneckConfig
-from pyra.checkpoints import read_state_dict
+from pyra.checkpoints import read_state_dict, value_problems
 from pyra.errors import CheckpointError
 
 _RENAMED = (
@@ -31,6 +31,7 @@ _RENAMED = (
     (re.compile(r"\.adapter\.ln1\."), ".mlp.bottleneck_layers.default.down."),
     (re.compile(r"\.adapter\.ln2\."), ".mlp.bottleneck_layers.default.up."),
 )
+_MATRIX = re.compile(r"\.(LoRA_a|LoRA_b|adapter\.ln1|adapter\.ln2)\.weight$")
 
 
 def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path | Mapping[str, Tensor]) -> nn.Module:
@@ -52,6 +53,16 @@ def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path |
         state = read_state_dict(path_or_state_dict)
     else:
         state = dict(path_or_state_dict)
+    if not state:
+        raise CheckpointError("the checkpoint holds no tensors")
+    problems = value_problems({key: tensor for key, tensor in state.items() if tensor.numel()})
+    problems += [
+        f"{key} is {list(tensor.shape)}, a matrix is needed"
+        for key, tensor in state.items()
+        if _MATRIX.search(key) and tensor.ndim != 2
+    ]
+    if problems:
+        raise CheckpointError("the checkpoint cannot be used: " + "; ".join(problems[:8]))
     config = _adapter_config(state)
     if config is not None:
         model = inject_adapter_in_model(config, model)
@@ -60,6 +71,11 @@ def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path |
     # A layer that removes no token may have an empty W_r in the file, and has no module here.
     placeless = [key for key, tensor in renamed.items() if key not in own and tensor.numel()]
     problems = [f"{key} has no place in the model" for key in placeless]
+    # What was trained comes as a whole: half of it would leave random weights in the rest.
+    adapted = ("lora_", "bottleneck_", ".reactivation.")
+    problems += [
+        f"{key} is not in the checkpoint" for key in own if key not in renamed and any(part in key for part in adapted)
+    ]
     problems += [
         f"{key} is {list(tensor.shape)}, the model has {list(own[key].shape)}"
         for key, tensor in renamed.items()
@@ -67,7 +83,11 @@ def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path |
     ]
     # Full checkpoints must be complete; files with the trained weights alone need only those.
     if any(key.startswith("patch_embed.") for key in renamed):
-        problems += [f"{key} is not in the checkpoint" for key in own if key not in renamed]
+        problems += [
+            f"{key} is not in the checkpoint"
+            for key in own
+            if key not in renamed and not any(part in key for part in adapted)
+        ]
     if problems:
         raise CheckpointError(
             "the checkpoint does not fit: " + "; ".join(problems) + " (is the model wrapped with the same schedule?)"
@@ -76,9 +96,8 @@ def load_published_checkpoint(model: nn.Module, path_or_state_dict: str | Path |
         for key, tensor in renamed.items():
             if key in own:
                 own[key].copy_(tensor)
-    trained = ("lora_", "bottleneck_", ".reactivation.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("head") or any(part in name for part in trained))
+        parameter.requires_grad_(name.startswith("head") or any(part in name for part in adapted))
     return model
 
 

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.adapters.adapt import REACTIVATION, trained_modules
-from pyra.backbones import unwrap, wrap, wrapped_config, wrapped_schedule
-from pyra.checkpoints import non_finite
+from pyra.adapters.adapt import REACTIVATION, trained_modules, undone_on_error
+from pyra.backbones import wrap, wrapped_config, wrapped_schedule
+from pyra.checkpoints import value_problems
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError
 from pyra.files import write_json
@@ -33,7 +33,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write everything that was trained to ``folder``.
 
     Each file is replaced atomically, and what an older adapter left is removed last. The PEFT files are those of
-    ``PeftModel.save_pretrained``.
+    ``PeftModel.save_pretrained``, without its empty model card.
 
     Args:
         model: from :func:`pyra.adapters.adapt`.
@@ -41,6 +41,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         ConfigError: where the model carries several adapters, or trained weights that PEFT would not save (named).
+        CheckpointError: where a trained weight is NaN or infinite (named); nothing is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         config = wrapped_config(model)
         if config is not None:
             write_json(written / PYRA_FILE, {**config.to_dict(), "solved_schedule": wrapped_schedule(model)})
-        files = sorted(written.iterdir())
+        problems = value_problems(load_file(written / WEIGHTS))
+        if problems:
+            raise CheckpointError("this adapter is not worth saving: " + "; ".join(problems[:8]))
+        files = sorted(file for file in written.iterdir() if file.name != "README.md")  # an empty model card
         for file in files:
             os.replace(file, folder / file.name)
         for name in {PEFT_FILE, PYRA_FILE} - {file.name for file in files}:
@@ -83,15 +87,12 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         CheckpointError: for a folder that holds no readable adapter, or tensors that do not fit, are missing, have no
-            place or hold NaN (named); the backbone is then not wrapped.
+            place or hold NaN (named); the backbone is then as it was.
     """
     folder = Path(folder)
     weights = read_adapter_weights(folder)
-    try:
+    with undone_on_error(base):
         return _attach(base, folder, weights).eval()
-    except BaseException:
-        unwrap(base)
-        raise
 
 
 def _attach(base: nn.Module, folder: Path, weights: dict[str, Tensor]) -> nn.Module:
@@ -112,7 +113,7 @@ def _attach(base: nn.Module, folder: Path, weights: dict[str, Tensor]) -> nn.Mod
         origin = config.base_model_name_or_path
         model = get_peft_model(base, config)
         config.base_model_name_or_path = origin  # get_peft_model puts None there for models that are not transformers'
-    except (RuntimeError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except Exception as error:  # the file may ask for anything, and peft raises what comes up
         raise CheckpointError(f"{folder}: the adapter does not fit this backbone: {_one_line(error)}") from None
     own = _adapter_state(model, "default")
     _check_fit(own, weights, set(own))
@@ -134,9 +135,11 @@ def read_adapter_weights(folder: str | Path) -> dict[str, Tensor]:
 def _read_pyra_config(path: Path) -> PyraConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        values.pop("solved_schedule", None)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable configuration ({_one_line(error)})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    values.pop("solved_schedule", None)
     return PyraConfig.from_dict(values)
 
 
@@ -147,8 +150,9 @@ def _take_stored_lengths(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if name.rpartition(".")[2] == REACTIVATION:
             block = name.split("blocks.")[-1].removesuffix(f".{REACTIVATION}")
             for key, tensor in stored.items():
-                if key.startswith(f"{block}.{REACTIVATION}."):
-                    own: Tensor = module.pair_weight
+                own: Tensor = module.pair_weight
+                fits = tensor.ndim == 2 and len(tensor) and tensor.shape[1:] == own.shape[1:]
+                if key.startswith(f"{block}.{REACTIVATION}.") and fits:  # what does not fit is told with the rest
                     module.pair_weight = nn.Parameter(torch.zeros_like(tensor, dtype=own.dtype, device=own.device))
 
 
@@ -190,7 +194,7 @@ def _check_fit(own: Mapping[str, Tensor], weights: dict[str, Tensor], needed: se
         for key, tensor in weights.items()
         if key in own and own[key].shape != tensor.shape
     ]
-    problems += non_finite(weights)
+    problems += value_problems(weights)
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError("the adapter does not fit this backbone: " + "; ".join(problems[:8]) + more)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,9 +18,27 @@ from pyra.errors import CheckpointError
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 
 
-def non_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Name the tensors that hold NaN or infinite values."""
-    return [f"{key} holds NaN or infinite values" for key, tensor in state.items() if not tensor.isfinite().all()]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def value_problems(state: Mapping[str, Tensor]) -> list[str]:
+    """Name the tensors that cannot be weights: whole numbers, 8-bit floats, NaN or infinite values."""
+    problems = [
+        f"{key} is {tensor.dtype}, not a float of 16 to 64 bits".replace("torch.", "")
+        for key, tensor in state.items()
+        if tensor.dtype not in _FLOATS
+    ]
+    return problems + [
+        f"{key} holds NaN or infinite values"
+        for key, tensor in state.items()
+        if tensor.dtype in _FLOATS and not tensor.isfinite().all()
+    ]
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -43,16 +60,17 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if suffix not in (".pth", ".pt", ".bin"):
             raise CheckpointError(f"{path}: unknown kind {path.suffix!r}; use .safetensors, .npz, .pth, .pt or .bin")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (CheckpointError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot be read without running code from it; convert it to .safetensors where you trust it"
-        ) from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path}: not a readable {path.suffix} file ({' '.join(str(error).split())[:200]})"
-        ) from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
+            raise CheckpointError(
+                f"{path}: cannot be read without running code from it; convert it to .safetensors where you trust it"
+            ) from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is neither an archive nor a pickle"
+        raise CheckpointError(f"{path}: not a readable {path.suffix} file ({reason})") from None
     for key in _NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -63,6 +81,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if odd:
         raise CheckpointError(f"{path}: {'; '.join(odd[:8])}; save plain dense tensors")
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _is_pickle(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2)[:1] in (b"P", b"\x80")  # a zip archive (PK), or a pickle of protocol 2 and later
 
 
 def _unusable(tensor: Tensor) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
@@ -90,10 +91,14 @@ class PyraConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PyraConfig:
         """Rebuild from :meth:`to_dict`; unknown keys and newer versions raise :class:`ConfigError`."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"PyraConfig: expected keys and values, found {type(values).__name__}")
         values = dict(values)
         version = values.pop("version", VERSION)
         problems = record_problems(cls, values)
-        if not isinstance(version, int) or version > VERSION:
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            problems.append(f"format version {version!r} is none; this library writes {VERSION}")
+        elif version > VERSION:
             problems.append(f"format version {version!r} is newer than this library's ({VERSION}): upgrade pyra-adapt")
         if problems:
             raise ConfigError("PyraConfig: " + "; ".join(problems))

@@ -11,6 +11,7 @@ published "high" schedules).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 from pyra.cost import Geometry, geometry_macs, token_counts
 from pyra.errors import ScheduleError, did_you_mean
@@ -65,6 +66,9 @@ def schedule_problems(schedule: Sequence[int], geometry: Geometry) -> list[str]:
         problems.append(f"it has {len(schedule)} entries, the model has {geometry.depth} blocks")
     tokens = geometry.tokens
     for layer, removed in enumerate(schedule):
+        if isinstance(removed, bool) or not isinstance(removed, Integral):
+            problems.append(f"block {layer} removes {removed!r}: not a whole number")
+            continue
         if removed < 0:
             problems.append(f"block {layer} removes {removed}: negative")
             continue
@@ -101,13 +105,13 @@ def solve_schedule(geometry: Geometry, rate: float | None = None, macs: int | No
         raise ScheduleError("give exactly one of rate and macs")
     plain = geometry_macs(geometry)
     if rate is not None:
-        if not 0 <= rate < 1:
-            raise ScheduleError(f"rate must be in [0, 1), got {rate}")
+        if not isinstance(rate, Real) or not 0 <= rate < 1:
+            raise ScheduleError(f"rate must be a number in [0, 1), got {rate!r}")
         target = plain * (1 - rate)
     else:
         assert macs is not None
-        if macs <= 0:
-            raise ScheduleError(f"macs must be positive, got {macs}")
+        if not isinstance(macs, Real) or not 0 < macs < float("inf"):
+            raise ScheduleError(f"macs must be a positive number, got {macs!r}")
         target = float(macs)
     if target >= plain:
         return [0] * geometry.depth

@@ -268,6 +268,8 @@ def _read_yaml(file: str, fields: typing.Iterable[str]) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --config {file}: {getattr(error, 'strerror', None) or error}") from error
+    except RecursionError:
+        raise ConfigError(f"--config {file} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Threads that wait by spinning make a shared machine several times slower; OpenMP reads this when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with contextlib.suppress(ValueError):  # only the main thread may; an interrupted output is then cleaned up
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(arguments)
     except PyraError as error:
@@ -45,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pyra: interrupted", file=sys.stderr)
         return 130
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def usage() -> str:

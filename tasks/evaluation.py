@@ -20,6 +20,7 @@ from pyra.errors import ConfigError, DataError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, image_dataset, load_task
 from pyra.tasks.metrics import load_metric
+from pyra.tasks.options import RunOptions
 from pyra.tasks.results import RunResult, environment, read_result
 from pyra.tasks.runs import DTYPES, load_run, resolve_device
 from pyra.tasks.timing import throughput
@@ -139,9 +140,7 @@ def evaluate_run(
     target = resolve_device(device)
     model, options, labels = load_run(folder)
     trained = read_result(folder)
-    task = load_task(options.task, options.data)
-    if list(task.labels) != labels:
-        raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data has changed")
+    task = task_of_run(folder, options, labels)
     data = data_for(model, task, split, skip_broken=skip_broken or options.skip_broken, limit=options.limit)
     model = model.to(target)
     batch_size = batch_size or options.batch_size
@@ -160,6 +159,14 @@ def evaluate_run(
     )
     write_json(folder / evaluation_file(split), result.to_dict())
     return result
+
+
+def task_of_run(folder: Path, options: RunOptions, labels: list[str]) -> Task:
+    """Load the task of a run; raises :class:`DataError` where its classes are not those of the run."""
+    task = load_task(options.task, options.data)
+    if list(task.labels) != labels:
+        raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
+    return task
 
 
 def evaluation_file(split: str) -> str:

@@ -32,7 +32,7 @@ _ALIASES = {
     **dict.fromkeys(("testing", "test"), "test"),
 }
 _SPLIT = re.compile(rf"({'|'.join(_ALIASES)})(?![a-z])", re.IGNORECASE)
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 Splits = Mapping[str, datasets.Dataset]
 
@@ -71,11 +71,11 @@ def _finish(parts: Mapping[str, Sequence[Rows]], where: Path) -> tuple[Splits, s
     evaluation = next((split for split in ("test", "validation") if split in parts), None)
     if evaluation is None:
         raise DataError(f"{where} has no evaluation split: add test*.parquet or test/ (validation works too)")
+    for split, sources in parts.items():
+        if not any(rows.labels for rows in sources):
+            raise DataError(f"{where}: split {split} is empty")
     classes = list(dict.fromkeys(name for rows in parts["train"] for name in rows.classes))
     splits = {split: to_dataset(rows, classes) for split, rows in parts.items()}
-    for split, rows in splits.items():
-        if len(rows) == 0:
-            raise DataError(f"{where}: split {split} is empty")
     splits["test"] = splits[evaluation]
     note = "" if evaluation == "test" else "; there is no test split, so the validation split is the test split"
     return splits, f"splits of {where}: {', '.join(parts)}{note}"
@@ -95,6 +95,8 @@ def _parquet_files(files: Sequence[Path], where: Path) -> dict[str, list[Path]]:
             groups[split].append(file)
     if len(vtab) == 2 and "test" not in groups:  # nothing to report on: tune on 800, look at 200
         return {"train": [stems["train800"]], "validation": [stems["val200"]]}
+    for parts in groups.values():
+        _check_shards(parts, where)
     for split, parts in groups.items():
         if len(parts) > 1 and parts != vtab and not all(_SHARD.search(part.stem) for part in parts):
             names = ", ".join(part.name for part in parts)
@@ -107,6 +109,19 @@ def _parquet_files(files: Sequence[Path], where: Path) -> dict[str, list[Path]]:
             f"only {', '.join(file.name for file in files[:8])}"
         )
     return dict(groups)
+
+
+def _check_shards(parts: Sequence[Path], where: Path) -> None:
+    """Raise :class:`DataError` where shards of a split are missing."""
+    for part in parts:
+        if match := _SHARD.search(part.stem):
+            stem, width, count = part.stem[: match.start()], len(match[1]), int(match[2])
+            names = {f"{stem}-{number:0{width}d}-of-{match[2]}" for number in range(count)}
+            missing = sorted(names - {other.stem for other in parts})
+            if missing:
+                raise DataError(
+                    f"{where}: {len(missing)} of {count} shards are missing, the first is {missing[0]}.parquet"
+                )
 
 
 def _read_images(path: Path) -> tuple[Splits, str]:

@@ -84,7 +84,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         name: what errors and the progress bar call this data set.
 
     Raises:
-        DataError: an image cannot be read and ``skip_broken`` is off, or no image is left.
+        DataError: an image cannot be read and ``skip_broken`` is off, or no image of a class is left.
         ConfigError: unknown ``interpolation``, or an ``image_size`` below 1.
     """
 
@@ -183,6 +183,14 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         good = [index for index in range(len(self._rows)) if index not in broken]
         if not good:
             raise DataError(f"{name}: none of the {len(broken)} images can be read, for example {self.broken[0]}")
+        labels = self._rows["label"][:]
+        lost = sorted(set(labels) - {labels[index] for index in good})
+        if lost:
+            names = self._rows.features["label"].names
+            raise DataError(
+                f"{name}: no image of {', '.join(names[label] for label in lost[:_NAMED])} can be read, for example "
+                f"{self.broken[0]}; a class that is left out would make the others look better"
+            )
         self._rows = self._rows.select(good)
         if self._pixels is not None:
             self._pixels = self._pixels[good]

@@ -73,6 +73,13 @@ class RunOptions:
             problems.append(
                 f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}"
             )
+        for checked in fields(self):
+            allowed = checked.metadata.get("choices")
+            if allowed and checked.name != "method" and getattr(self, checked.name) not in allowed:
+                value = getattr(self, checked.name)
+                problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not self.output.strip():
+            problems.append("--output is empty; give a folder")
         given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
         if self.method in MERGING and len(given) != 1:
             problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
@@ -83,7 +90,7 @@ class RunOptions:
                 problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
         for name in ("image_size", "reactivation_lr", "limit"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
-                problems.append(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+                problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {getattr(self, name)}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")

@@ -27,11 +27,17 @@ CLAIM_FILE = ".pyra-run"
 Kind = Literal["run", "demo", "export"]
 
 WRITTEN: dict[Kind, tuple[str, ...]] = {
-    "run": (RESULT_FILE, "options.json", "labels.json", "adapter", "evaluation*.json", "export"),
+    "run": (RESULT_FILE, "options.json", "labels.json", "backbone.json", "adapter", "evaluation*.json", "export"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),
 }
 """What each kind writes, as patterns; nothing else is ever removed."""
+
+_INSIDE: dict[str, tuple[str, ...]] = {
+    "adapter": ("adapter_model.safetensors", "adapter_config.json", "pyra_config.json"),
+    "export": (*WRITTEN["export"], CLAIM_FILE),
+}
+"""What pyra writes into folders of an output; with anything else in them they are not replaced."""
 
 _WORTH_KEEPING: dict[Kind, str] = {"run": "adapter"}  # what an interrupted output is kept for
 _PARTIAL = ".partial-"
@@ -48,14 +54,15 @@ def staged_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = 
 
     Raises:
         OutputError: before the block: ``folder`` holds an output and ``overwrite`` is false; it holds one of another
-            kind, or files that are not pyra's (even with ``overwrite``); it is a file, cannot be created, or is a place
-            no output belongs: the root, the home folder or one above it, the root of a git checkout. After it: another
-            process has written there meanwhile (its files and the new ones are both kept).
+            kind, or files that are not pyra's (even with ``overwrite``); it lies inside another output (an export may);
+            it is a file, cannot be created, or is a place no output belongs: the root, the home folder or one above it,
+            the root of a git checkout. After it: another process has written there meanwhile (its files and the new
+            ones are both kept).
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         existed = folder.is_dir()
-        _refuse_dangerous(folder)
+        _refuse_dangerous(folder, kind)
         folder.mkdir(parents=True, exist_ok=True)
         earlier = _earlier(folder, kind, overwrite)
         staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
@@ -68,8 +75,8 @@ def staged_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = 
     complete = False
     try:
         yield staging
-        complete = True
         if not overwrite and _earlier(folder, kind, True) != earlier:
+            complete = True
             raise OutputError(f"{folder} was written by another process meanwhile; this output is kept in {staging}")
         _swap_in(staging, folder, kind)
     except BaseException:
@@ -101,6 +108,14 @@ def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
         raise OutputError(f"{folder} holds a {found}, not a {kind}: choose another --output")
     if not overwrite:
         raise OutputError(f"{folder} already holds a {kind}: pass --overwrite to replace it or choose another --output")
+    for name, known in _INSIDE.items():
+        if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():
+            foreign = sorted(entry.name for entry in (folder / name).iterdir() if entry.name not in known)
+            if foreign and name in WRITTEN[kind]:
+                raise OutputError(
+                    f"{folder / name} holds files that are not from pyra ({', '.join(foreign[:3])}) and would be "
+                    "replaced: move them, or choose another --output"
+                )
     return True
 
 
@@ -114,13 +129,27 @@ def _kind_of(folder: Path) -> str | None:
 
 
 def _swap_in(staging: Path, folder: Path, kind: Kind) -> None:
-    """Put the entries of ``staging`` in the place of the earlier ones, which go last."""
+    """Put the entries of ``staging`` in the place of the earlier ones; all go back where one rename fails."""
     aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
-    for entry in list(folder.iterdir()):
-        if entry.name == CLAIM_FILE or any(fnmatch.fnmatch(entry.name, pattern) for pattern in WRITTEN[kind]):
-            entry.rename(aside / entry.name)
-    for entry in list(staging.iterdir()):
-        entry.rename(folder / entry.name)
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        source.rename(target)
+        moved.append((source, target))
+
+    try:
+        for entry in list(folder.iterdir()):
+            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in WRITTEN[kind]):
+                move(entry, aside / entry.name)
+        for entry in list(staging.iterdir()):
+            if entry.name != CLAIM_FILE:
+                move(entry, folder / entry.name)
+        os.replace(staging / CLAIM_FILE, folder / CLAIM_FILE)  # last: the folder is never without one
+    except BaseException:
+        for source, target in reversed(moved):
+            target.rename(source)
+        aside.rmdir()
+        raise
     staging.rmdir()
     shutil.rmtree(aside)
 
@@ -129,7 +158,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _refuse_dangerous(folder: Path) -> None:
+def _refuse_dangerous(folder: Path, kind: Kind) -> None:
     real, home = folder.resolve(), Path.home().resolve()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; --output names a folder")
@@ -140,5 +169,8 @@ def _refuse_dangerous(folder: Path) -> None:
     elif (real / ".git").exists():
         place = "the root of a git checkout"
     else:
+        around = next((above for above in real.parents if _kind_of(above) is not None), None)
+        if around is not None and kind != "export":  # an export belongs into its run
+            raise OutputError(f"{folder} lies inside another output of pyra, {around}: choose another --output")
         return
     raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")

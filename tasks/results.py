@@ -90,12 +90,12 @@ def read_result(folder: str | os.PathLike[str]) -> RunResult:
     """
     path = Path(folder) / RESULT_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): is {folder} the folder of a finished run?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a result is a JSON object, this is a {type(data).__name__}")
@@ -103,6 +103,10 @@ def read_result(folder: str | os.PathLike[str]) -> RunResult:
         return RunResult.from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

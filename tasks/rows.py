@@ -140,7 +140,10 @@ def _beside(images: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
         return images
     for number, row in enumerate(rows):
         if row is not None and row["bytes"] is None and row["path"] is not None:
-            file = (home / row["path"]).resolve()
+            try:
+                file = (home / row["path"]).resolve()
+            except (ValueError, OSError, RuntimeError) as error:
+                raise DataError(f"{path} row {number}: {row['path']!r} is no path ({error})") from None
             if not file.is_relative_to(home):
                 raise DataError(f"{path} row {number} points to {row['path']}, outside {home}: store the images in it")
             row["path"] = str(file)

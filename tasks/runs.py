@@ -2,7 +2,8 @@
 
 run/
 result.json     the result (pyra.tasks.results)
-options.json    the options it was made with
+options.json    the options it was made with, paths absolute
+backbone.json   which weights it was made from, where they came from a file
 labels.json     the class names
 adapter/        what was trained (pyra.adapters.saving)
 """
@@ -21,8 +22,9 @@ from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
 from pyra.backbones import geometry
-from pyra.backbones.loading import create_backbone
-from pyra.errors import ConfigError, DataError
+from pyra.backbones.loading import create_backbone, weights_file
+from pyra.checkpoints import file_digest
+from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import write_json
 from pyra.records import record_problems
 from pyra.tasks.options import DEVICES, RunOptions
@@ -30,7 +32,7 @@ from pyra.tasks.options import DEVICES, RunOptions
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OPTIONS, _LABELS = "options.json", "labels.json"
+_OPTIONS, _LABELS, _BACKBONE = "options.json", "labels.json", "backbone.json"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -73,8 +75,22 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
 
 def save_run(folder: Path, options: RunOptions, labels: Sequence[str]) -> None:
     """Write what is needed to make the model again (the adapter itself is saved beside it)."""
-    write_json(folder / _OPTIONS, asdict(options))
+    weights = _weights_file(options)
+    if weights is not None:
+        write_json(folder / _BACKBONE, {"file": str(weights), "sha256": file_digest(weights)})
+    values = asdict(options)
+    for name in ("backbone", "checkpoint", "data"):  # a run is read from any folder
+        if values[name] is not None and Path(values[name]).expanduser().exists():
+            values[name] = str(Path(values[name]).expanduser().resolve())
+    write_json(folder / _OPTIONS, values)
     write_json(folder / _LABELS, list(labels))
+
+
+def _weights_file(options: RunOptions) -> Path | None:
+    if options.checkpoint is not None:
+        return Path(options.checkpoint).resolve()
+    folder = DEMO_BACKBONE if options.backbone == "demo" else Path(options.backbone)
+    return weights_file(folder).resolve() if options.pretrained and folder.is_dir() else None
 
 
 def load_run(folder: str | Path) -> tuple[nn.Module, RunOptions, list[str]]:
@@ -85,15 +101,29 @@ def load_run(folder: str | Path) -> tuple[nn.Module, RunOptions, list[str]]:
 
     Raises:
         DataError: where the folder holds no finished run.
-        CheckpointError: where the adapter does not fit the backbone (any longer).
+        CheckpointError: where the backbone's weights have changed, or the adapter does not fit them.
     """
     folder = Path(folder)
     options = _read_options(folder)
+    _check_same_weights(folder, options)
     labels = _read_json(folder, _LABELS)
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise DataError(f"{folder / _LABELS} holds no list of class names")
-    model = load_adapter(new_backbone(options, len(labels)), folder / ADAPTER)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)  # the random weights of --no-pretrained, once more
+        backbone = new_backbone(options, len(labels))
+    model = load_adapter(backbone, folder / ADAPTER)
     return fold_adapter(model).eval().requires_grad_(False), options, labels
+
+
+def _check_same_weights(folder: Path, options: RunOptions) -> None:
+    weights = _weights_file(options)
+    if weights is None or not (folder / _BACKBONE).is_file():
+        return
+    stored = _read_json(folder, _BACKBONE)
+    expected = stored.get("sha256") if isinstance(stored, dict) else None
+    if weights.is_file() and file_digest(weights) != expected:
+        raise CheckpointError(f"{weights} is not what {folder} was trained on: its weights have changed since")
 
 
 def _read_options(folder: Path) -> RunOptions:
@@ -109,8 +139,12 @@ def _read_options(folder: Path) -> RunOptions:
 
 def _read_json(folder: Path, name: str) -> Any:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        return json.loads((folder / name).read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise DataError(f"{folder} holds no finished run ({name} is missing); make one with `pyra train`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")

@@ -25,7 +25,7 @@ from transformers import (
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.adapt import REACTIVATION
-from pyra.errors import TrainingError
+from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, load_task
 from pyra.tasks.evaluation import data_for, measure, score
@@ -98,10 +98,20 @@ def train(options: RunOptions) -> RunResult:
     set_seed(options.seed)
     device = resolve_device(options.device)
     task = load_task(options.task, options.data)
+    _refuse_output_in_data(options)
     model = new_model(options, len(task.labels))
-    train_data, test_data = splits(options, task, model)
     with staged_output(options.output, "run", options.overwrite) as folder:
+        train_data, test_data = splits(options, task, model)
         return run(options, task, model, train_data, test_data, folder, device)
+
+
+def _refuse_output_in_data(options: RunOptions) -> None:
+    """A run written among the images would be read as a class next time."""
+    if options.data is None:
+        return
+    data, output = Path(options.data).expanduser().resolve(), Path(options.output).expanduser().resolve()
+    if output.is_relative_to(data):
+        raise OutputError(f"--output {options.output} lies inside --data {options.data}: choose a folder outside")
 
 
 def splits(options: RunOptions, task: Task, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:

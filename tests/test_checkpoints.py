@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from pyra.checkpoints import read_state_dict
+from pyra.checkpoints import file_digest, read_state_dict, value_problems
 from pyra.errors import CheckpointError
 
 
@@ -36,3 +37,30 @@ def test_no_state_dict(value: object, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="holds no state dict"):
         read_state_dict(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"<html>404</html>", "neither an archive nor a pickle"),
+        ("a.pth", b"", "not a readable .pth file"),
+        ("a.bin", b"\x10\x00\x00\x00\x00\x00\x00\x00{}              ", "not a readable .bin file"),
+        ("a.npz", b"PK\x03\x04", "not a readable .npz file"),
+    ],
+)
+def test_other_files_are_refused_in_words(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_are_no_weights(dtype: torch.dtype) -> None:
+    (problem,) = value_problems({"good": torch.ones(2, dtype=torch.float16), "bad": torch.ones(2).to(dtype)})
+    assert problem.startswith("bad is ")
+    assert value_problems({"bad": torch.tensor([1.0, float("inf")])}) == ["bad holds NaN or infinite values"]
+
+
+def test_digest_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()

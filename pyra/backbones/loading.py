@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pyra.checkpoints import non_finite, read_state_dict
+from pyra.checkpoints import read_state_dict, value_problems
 from pyra.errors import CheckpointError, ConfigError, did_you_mean
 
 
@@ -29,7 +28,7 @@ def create_backbone(
     pretrained: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
-    """Create a timm model with a new head.
+    """Create a timm model with a head of ``num_classes`` (new, unless the weights bring one of that size).
 
     Args:
         name: a timm name, with or without a pretrained tag, or a folder that holds a timm model (``config.json`` and
@@ -57,23 +56,31 @@ def create_backbone(
         raise ConfigError(f"unknown pretrained tag in {name!r}{did_you_mean(name, tags)}; there are {', '.join(tags)}")
     if image_size is not None:
         kwargs["img_size"] = image_size
+    if folder.is_dir() and pretrained and checkpoint is None:
+        checkpoint = weights_file(folder)  # read as any checkpoint: timm would leave out what does not fit
+    if not pretrained or checkpoint is not None:
+        model = _without_weights(name, num_classes, kwargs)
+        _check_image_size(model, image_size)
+        if checkpoint is not None:
+            load_backbone_checkpoint(model, checkpoint)
+        return model
     try:
-        model = timm.create_model(name, pretrained=pretrained and checkpoint is None, num_classes=num_classes, **kwargs)
-    except (TypeError, AssertionError, ZeroDivisionError) as error:
-        raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {_one_line(error)}") from None
-    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        if folder.is_dir():
-            raise ConfigError(f"timm cannot read the backbone in {folder}: {_one_line(error)}") from None
-        if not pretrained or checkpoint is not None:
-            raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {_one_line(error)}") from None
+        model = timm.create_model(name, pretrained=True, num_classes=num_classes, **kwargs)
+    except Exception as error:  # the hub, the file, or the options: created without weights, the options show
         _check_image_size(_without_weights(name, num_classes, kwargs), image_size)
         raise ConfigError(
             f"the weights of {name!r} could not be had ({_one_line(error)}); give a local file with --checkpoint"
         ) from None
     _check_image_size(model, image_size)
-    if checkpoint is not None:
-        load_backbone_checkpoint(model, checkpoint)
     return model
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the weights in a folder that timm has saved; raises :class:`ConfigError` where there are none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"{folder}: no model.safetensors there; a backbone folder is one that timm has saved")
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def load_backbone_checkpoint(model: nn.Module, path: str | Path) -> None:
     ]
     problems += [f"{key} is not in the file" for key in own if key not in state and key not in replaced]
     problems += [f"{key} has no place in the model" for key in state if key not in own]
-    problems += non_finite(state)
+    problems += value_problems(state)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {shown}")
@@ -144,10 +151,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _without_weights(name: str, num_classes: int, kwargs: dict[str, Any]) -> nn.Module:
-    """The same model with random weights, to tell a wrong option from weights that cannot be had."""
     try:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, **kwargs)
-    except Exception as error:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **kwargs)
+        return model
+    except Exception as error:  # a config.json may hold anything, and timm's models raise what comes up
+        name = name.removeprefix("local-dir:")
         raise ConfigError(f"timm cannot create {name!r} with {kwargs}: {_one_line(error)}") from None
 
 

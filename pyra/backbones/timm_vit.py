@@ -185,6 +185,8 @@ def geometry(model: nn.Module, input_size: int | tuple[int, int] | None) -> Geom
         rows, columns = patch.grid_size
     else:
         size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+            raise ValueError(f"input size must be a whole number of pixels or (height, width), got {input_size!r}")
         if size[0] % height or size[1] % width or min(size) <= 0:
             raise ValueError(f"input size {size} is not a multiple of the patch size {height} x {width}")
         rows, columns = size[0] // height, size[1] // width

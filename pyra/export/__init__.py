@@ -41,7 +41,7 @@ def export_model(
         What was written and how it compares.
 
     Raises:
-        ConfigError: unknown format, a tolerance that is none, or the library it needs is missing (names the
+        ConfigError: unknown format, an input or a tolerance that is none, or the library it needs is missing (names the
             extra to install).
         ExportError: the reloaded model differs; no file that looks finished is left.
     """
@@ -51,6 +51,10 @@ def export_model(
         )
     if not 0 <= tolerance < float("inf"):
         raise ConfigError(f"the tolerance must be a number of at least 0, got {tolerance}")
+    if not isinstance(example_input, Tensor) or example_input.ndim != 4 or not len(example_input):
+        raise ConfigError("example_input must be a tensor [B, 3, H, W] with at least one image")
+    if not example_input.isfinite().all():
+        raise ConfigError("example_input holds NaN or infinite values: nothing could be compared on it")
     from pyra.export.onnx import export_onnx
 
     return export_onnx(model, Path(folder), example_input, tolerance, metadata or {})

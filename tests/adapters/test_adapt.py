@@ -226,3 +226,40 @@ def test_peft_names_that_reach_into_the_reactivation(images: torch.Tensor, tmp_p
     train(model)
     save_adapter(model, tmp_path)
     torch.testing.assert_close(load_adapter(backbone(), tmp_path)(images), model(images))
+
+
+def test_a_failed_call_leaves_the_backbone_as_it_was(tmp_path: Path) -> None:
+    model = backbone()
+    for targets in (["nonsense"], ["norm1"], ["attn"]):
+        with pytest.raises(ConfigError, match="target_modules"):
+            adapt(model, pyra=PyraConfig(rate=0.5), peft=peft.LoraConfig(target_modules=targets))
+        assert wrapped_config(model) is None
+        assert all(p.requires_grad for p in model.parameters())
+        assert not hasattr(model, "peft_config")
+    save_adapter(adapt(backbone(), pyra=PyraConfig(rate=0.5), peft=peft.LoraConfig(r=4)), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    good = json.loads(file.read_text())
+    for change in ({"target_modules": "(["}, {"peft_type": "PROMPT_TUNING"}, {"r": -1}):
+        file.write_text(json.dumps(good | change))
+        with pytest.raises(CheckpointError, match="does not fit this backbone"):
+            load_adapter(model, tmp_path)
+        assert wrapped_config(model) is None
+        assert all(p.requires_grad for p in model.parameters())
+    file.write_text(json.dumps(good))
+    for content in ("[]", "{", '{"version": -1, "rate": 0.5}'):
+        (tmp_path / "pyra_config.json").write_text(content)
+        with pytest.raises((CheckpointError, ConfigError), match=r"pyra_config\.json|format version"):
+            load_adapter(model, tmp_path)
+
+
+def test_saving_keeps_foreign_files_and_refuses_no_numbers(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    model = adapt(backbone(), peft=peft.LoraConfig(r=4))
+    save_adapter(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        model.get_base_model().head.modules_to_save["default"].bias[0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"head\.bias holds NaN"):
+        save_adapter(model, tmp_path)
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}

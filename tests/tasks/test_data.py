@@ -308,11 +308,30 @@ def test_images_stored_as_paths_lie_beside_the_parquet_file(tmp_path):
 
 def test_a_row_without_an_image_is_a_broken_one(tmp_path):
     write_parquet(tmp_path / "train.parquet", [0, 1])
-    write_parquet(tmp_path / "test.parquet", [0, 1], payloads=[encoded(), None], paths=["x", None])
+    payloads = [encoded(), None, encoded()]
+    write_parquet(tmp_path / "test.parquet", [0, 1, 1], payloads=payloads, paths=["x", None, "y"])
     task = load_task(data=str(tmp_path))
     with pytest.raises(DataError, match="row 1: the row holds no image"):
         image_dataset(task, "test", image_size=4, **HALF)
-    assert len(image_dataset(task, "test", image_size=4, **HALF, skip_broken=True)) == 1
+    assert len(image_dataset(task, "test", image_size=4, **HALF, skip_broken=True)) == 2
+
+
+def test_skipping_never_loses_a_whole_class(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    write_parquet(tmp_path / "test.parquet", [0, 1, 1], payloads=[encoded(), b"no", b"no"])
+    task = load_task(data=str(tmp_path))
+    with pytest.raises(DataError, match=r"no image of dog can be read, for example test\.parquet row 1"):
+        image_dataset(task, "test", image_size=4, **HALF, skip_broken=True)
+
+
+def test_missing_shards_are_named(tmp_path):
+    write_parquet(tmp_path / "test.parquet", [0, 1])
+    for number in (0, 2):
+        write_parquet(tmp_path / f"train-0000{number}-of-00003.parquet", [0, 1])
+    with pytest.raises(DataError, match=r"1 of 3 shards are missing, the first is train-00001-of-00003\.parquet"):
+        load_task(data=str(tmp_path))
+    write_parquet(tmp_path / "train-00001-of-00003.parquet", [0, 1])
+    assert len(load_task(data=str(tmp_path)).splits["train"]) == 6
 
 
 # folders of images

@@ -45,7 +45,7 @@ def test_an_empty_folder_with_a_gitkeep_is_free(tmp_path):
 
 def test_overwrite_removes_only_what_a_run_writes(tmp_path):
     folder = tmp_path / "run"
-    write(folder, result_json="old", adapter__weights="old", evaluation_json="old")
+    write(folder, result_json="old", adapter__pyra_config_json="old", evaluation_json="old")
     for name in ("notes.txt", "mine/result.json", ".gitignore", "evaluation-train.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
@@ -158,3 +158,43 @@ def test_places_that_cannot_be_written_are_refused_even_with_overwrite(tmp_path,
         write(target, overwrite=True)
     assert str(target) in str(caught.value)
     assert tree(tmp_path) == before
+
+
+def test_own_files_within_an_output_bar_its_replacement(tmp_path):
+    write(tmp_path / "a", result_json="old", export__notes="mine")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"export holds files that are not from pyra \(notes\)"):
+        write(tmp_path / "a", overwrite=True, result_json="new")
+    assert tree(tmp_path) == before
+
+
+def test_only_an_export_lies_inside_another_output(tmp_path):
+    write(tmp_path / "a", result_json="1")
+    with pytest.raises(OutputError, match="inside another output"):
+        write(tmp_path / "a" / "b" / "c", result_json="1")
+    write(tmp_path / "a" / "export", "export", export_json="1")
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_swap_that_fails_is_taken_back(tmp_path, monkeypatch, failing):
+    folder, calls, rename = tmp_path / "a", [], Path.rename
+    write(folder, result_json="old", labels_json="old", options_json="old")
+    before = tree(folder)
+
+    def rename_or_fail(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device", str(source))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_fail)
+    with pytest.raises(OSError, match="No space"):
+        write(folder, overwrite=True, result_json="new", labels_json="new", options_json="new")
+    assert len(calls) >= failing
+    assert tree(folder) == before
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(Path("~/runs/a"), result_json="1")
+    assert (tmp_path / "runs" / "a" / "result.json").exists()

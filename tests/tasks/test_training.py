@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from pyra.errors import ConfigError, DataError, OutputError, ScheduleError, TrainingError, UnsupportedModelError
+from pyra.backbones.loading import create_backbone
+from pyra.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    OutputError,
+    ScheduleError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from pyra.tasks.evaluation import evaluate_run, score
 from pyra.tasks.options import METHODS, RunOptions
 from pyra.tasks.results import read_result
@@ -37,6 +47,7 @@ def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> N
     assert any(result.schedule) == merges
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == [
         "adapter",
+        "backbone.json",
         "labels.json",
         "options.json",
         "result.json",
@@ -108,6 +119,7 @@ def test_an_earlier_run_is_kept(tiny_backbone: Path, tmp_path: Path) -> None:
             "relative position bias",
         ),
         ({"device": "cuda:99"}, ConfigError, "cuda:99 was asked for"),
+        ({"dtype": "int8"}, ConfigError, "--dtype must be one of float32"),
     ],
 )
 def test_wrong_input_touches_nothing(
@@ -168,3 +180,46 @@ def test_logits_that_are_no_numbers_are_not_scored() -> None:
     data = [{"pixel_values": torch.zeros(3, 4, 4), "labels": 0}]
     with pytest.raises(TrainingError, match="NaN or infinite"):
         score(lambda x: torch.full((len(x), 2), float("nan")), data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["linear", "pyra"])
+def test_a_run_on_random_weights_comes_back(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    train(options(tiny_backbone, tmp_path / "run", method=method, pretrained=False, seed=3))
+    torch.manual_seed(99)
+    first, second = load_run(tmp_path / "run")[0], load_run(tmp_path / "run")[0]
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(first(images), second(images))
+    own = create_backbone(str(tiny_backbone), num_classes=10)
+    assert not torch.equal(first.patch_embed.proj.weight, own.patch_embed.proj.weight)
+    assert evaluate_run(tmp_path / "run", device="cpu").value == read_result(tmp_path / "run").value
+
+
+def test_changed_weights_are_noticed(tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "weights.safetensors"
+    state = load_file(tiny_backbone / "model.safetensors")
+    save_file(state, checkpoint)
+    monkeypatch.chdir(tmp_path)
+    train(options(tiny_backbone, tmp_path / "run", checkpoint="weights.safetensors"))
+    monkeypatch.chdir("/")
+    load_run(tmp_path / "run")
+    save_file({**state, "norm.bias": state["norm.bias"] + 1}, checkpoint)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not what .*run was trained on"):
+        load_run(tmp_path / "run")
+
+
+def test_a_run_is_not_written_among_the_images(tiny_backbone: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number * 9, 0, 0)).save(tmp_path / name / f"{number}.png")
+    with pytest.raises(OutputError, match="inside --data"):
+        train(options(tiny_backbone, tmp_path / "runs" / "a", data=str(tmp_path), limit=None))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cat", "dog"]
+
+
+def test_results_with_no_numbers_are_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    train(options(tiny_backbone, tmp_path / "run", method="linear"))
+    file = tmp_path / "run" / "result.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": NaN'))
+    with pytest.raises(DataError, match="NaN is no JSON number"):
+        evaluate_run(tmp_path / "run", device="cpu")
