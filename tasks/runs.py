@@ -80,7 +80,8 @@ def save_run(folder: Path, options: RunOptions, labels: Sequence[str]) -> None:
         write_json(folder / _BACKBONE, {"file": str(weights), "sha256": file_digest(weights)})
     values = asdict(options)
     for name in ("backbone", "checkpoint", "data"):  # a run is read from any folder
-        if values[name] is not None and Path(values[name]).expanduser().exists():
+        shipped = name == "backbone" and options.backbone == "demo"  # though a folder may be called so
+        if values[name] is not None and not shipped and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
     write_json(folder / _OPTIONS, values)
     write_json(folder / _LABELS, list(labels))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -31,6 +32,7 @@ from pyra.tasks.data import ImageDataset, Task, load_task
 from pyra.tasks.evaluation import data_for, measure, score
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output
+from pyra.tasks.probing import frozen_features, probe_of
 from pyra.tasks.results import RunResult, environment
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
 
@@ -177,6 +179,9 @@ def run(
 def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path, device: torch.device) -> float:
     """Train the weights that require gradients; returns the seconds it took.
 
+    A linear probe is trained on features that are computed once: its backbone stays as it is, and images are not
+    augmented.
+
     Raises:
         TrainingError: where the loss or a trained weight is NaN or infinite.
     """
@@ -200,12 +205,20 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
         seed=options.seed,
         dataloader_pin_memory=device.type != "cpu",
     )
+    start = time.perf_counter()
+    trained: nn.Module = model
+    examples: Dataset[dict[str, Any]] = data
+    head = probe_of(model) if options.method == "linear" else None
+    if head is not None:
+        trained = head
+        examples = frozen_features(
+            model, data, batch_size=options.batch_size, device=device, dtype=DTYPES[options.dtype]
+        )
     optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr, weight_decay=options.weight_decay)
-    trainer = ImageTrainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar(f"{options.method}: training"))
-    start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]

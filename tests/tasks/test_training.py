@@ -223,3 +223,32 @@ def test_results_with_no_numbers_are_refused(tiny_backbone: Path, tmp_path: Path
     file.write_text(file.read_text().replace('"seed": 0', '"seed": NaN'))
     with pytest.raises(DataError, match="NaN is no JSON number"):
         evaluate_run(tmp_path / "run", device="cpu")
+
+
+def test_a_probe_on_stored_features_is_the_probe_on_images(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for name in ("features", "images"):
+        if name == "images":
+            monkeypatch.setattr("pyra.tasks.training.probe_of", lambda model: None)
+        train(options(tiny_backbone, tmp_path / name, method="linear", epochs=3, lr=0.1, drop_path=0.3))
+        weights.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    fresh = new_model(options(tiny_backbone, tmp_path, method="linear"), 10).state_dict()
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][key])
+        assert not torch.allclose(tensor, fresh[key])
+
+
+def test_distilled_models_probe_both_heads(tmp_path: Path) -> None:
+    changes = {"backbone": "deit_tiny_distilled_patch16_224", "pretrained": False, "limit": 4, "batch_size": 4}
+    result = train(RunOptions(method="linear", epochs=1, device="cpu", output=str(tmp_path / "run"), **changes))
+    assert result.trained_parameters == 2 * (192 * 10 + 10)
+
+
+def test_a_folder_called_demo_is_not_the_demo_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train(RunOptions(method="linear", epochs=1, limit=4, batch_size=4, device="cpu", output="run"))
+    assert load_run("run")[1].backbone == "demo"
