@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{results_table(outcome.rows)}\n")
     print(
         f"export: {options.output}/export/{report.file} ({report.megabytes:.1f} MB), "
-        f"largest difference {report.max_difference:.1e}, "
+        f"largest difference {report.max_difference:.1e}, {report.differing} images merged differently, "
         f"same top-1 on {report.top1_agreement:.0%} of {report.compared} images; images/s: {speed}"
     )
     print(f"{options.output}/: demo.md, pareto.html, merged_tokens.png and more, in {outcome.seconds:.0f} s")

@@ -57,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [
         ("file", f"{folder / report.file} ({report.megabytes:.1f} MB)"),
         (
-            f"largest difference on {report.compared} images",
+            f"largest difference on {report.compared - report.differing} of {report.compared} images",
             f"{report.max_difference:.2e} (logits to {report.max_logit:.1f})",
         ),
+        ("images merged differently (ties within rounding)", report.differing),
         ("same top-1", f"{report.top1_agreement:.1%}"),
         *((f"images/s, {name}", f"{value:.0f}") for name, value in speeds.items()),
     ]

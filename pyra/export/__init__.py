@@ -34,7 +34,8 @@ def export_model(
         folder: receives ``model.onnx`` and ``export.json``, the report.
         format: ``"onnx"``.
         example_input: [B, 3, H, W] real inputs to trace and compare with; the batch size stays free.
-        tolerance: largest allowed difference of the logits, relative to the largest logit.
+        tolerance: largest difference of the logits of an input that counts as agreement, relative to the largest logit.
+            Where tokens merge, a few inputs may differ (:mod:`pyra.export.report` says why); they are counted.
         metadata: text stored in the file, such as the class names.
 
     Returns:

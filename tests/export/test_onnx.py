@@ -105,7 +105,7 @@ def test_a_file_that_differs_is_not_left(
 ) -> None:
     run = _Session.__call__
     monkeypatch.setattr(_Session, "__call__", lambda self, pixels: run(self, pixels) + offset)
-    with pytest.raises(ExportError, match=r"the exported model differs by .*more than the tolerance 0\.001 of it"):
+    with pytest.raises(ExportError, match=r"the exported model differs on .*more than the tolerance 0\.001 of it"):
         export_model(wrapped(), tmp_path / "new", example_input=images(2))
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -208,6 +208,20 @@ def test_a_missing_library_names_the_extra(library: str, tmp_path: Path, monkeyp
 def test_compare() -> None:
     expected = torch.tensor([[1.0, 2.0], [4.0, -8.0]])
     actual = torch.tensor([[1.0, 2.5], [-9.0, -8.0]])
-    report = compare("f", 1.0, expected, actual)
+    report = compare("f", 1.0, expected, actual, tolerance=2.0, merges=False)
     assert (report.max_difference, report.max_logit, report.top1_agreement, report.compared) == (13.0, 8.0, 0.5, 2)
     assert report.relative_difference == 13 / 8
+
+
+def test_ties_are_told_from_a_wrong_export() -> None:
+    expected = torch.randn(32, 5)
+    few, many = expected.clone(), expected.clone()
+    few[:4] += 0.5
+    many[:5] += 0.5
+    report = compare("a", 1.0, expected, few, tolerance=1e-3, merges=True)
+    assert (report.differing, report.max_difference, report.compared) == (4, 0.0, 32)
+    for actual, merges in ((many, True), (few, False), (expected * float("nan"), True)):
+        with pytest.raises(ExportError, match=r"differs on (5|4|32) of 32 inputs"):
+            compare("a", 1.0, expected, actual, tolerance=1e-3, merges=merges)
+    with pytest.raises(ExportError, match="1 of 1"):
+        compare("a", 1.0, expected[:1], few[:1], tolerance=1e-3, merges=True)
