@@ -110,9 +110,9 @@ def _attach(base: nn.Module, folder: Path, weights: dict[str, Tensor]) -> nn.Mod
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        origin = config.base_model_name_or_path
-        model = get_peft_model(base, config)
-        config.base_model_name_or_path = origin  # get_peft_model puts None there for models that are not transformers'
+        origin, config.base_model_name_or_path = config.base_model_name_or_path, None
+        model = get_peft_model(base, config)  # puts None there for models that are not transformers', with a warning
+        config.base_model_name_or_path = origin
     except Exception as error:  # the file may ask for anything, and peft raises what comes up
         raise CheckpointError(f"{folder}: the adapter does not fit this backbone: {_one_line(error)}") from None
     own = _adapter_state(model, "default")
@@ -125,7 +125,9 @@ def read_adapter_weights(folder: str | Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder; raises :class:`CheckpointError` where there are none."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {WEIGHTS} there; give a folder written by save_adapter or `pyra train`")
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS} there; give a folder written by save_adapter, or adapter/ of a run"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

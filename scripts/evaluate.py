@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyra.errors import ConfigError
 from pyra.scripts.cli import parse
 from pyra.tasks.options import option
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="pyra evaluate runs/a",
         positional="run",
     )
+    if not options.run:
+        raise ConfigError("RUN is missing: give the folder of a run (see 'pyra evaluate --help')")
     from pyra.tasks.evaluation import evaluate_run, evaluation_file
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table

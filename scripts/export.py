@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="pyra export runs/a --format onnx",
         positional="run",
     )
+    if not options.run:
+        raise ConfigError("RUN is missing: give the folder of a run (see 'pyra export --help')")
     from pyra.export import FORMATS
 
     if options.format not in FORMATS:

@@ -13,7 +13,7 @@ from pyra.errors import ConfigError, PyraError, did_you_mean
 
 VERBS = {
     "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
-    "evaluate": ("pyra.scripts.evaluate", "measure a saved run, at any compression rate"),
+    "evaluate": ("pyra.scripts.evaluate", "score and time a saved run"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
     "demo": ("pyra.scripts.demo", "four adaptations of a small backbone, measured and plotted"),
     "benchmark": ("pyra.scripts.benchmark", "measure speed and memory against the unwrapped model"),

@@ -265,3 +265,9 @@ def test_env_reports_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["torch"] is not None
     assert main(["env"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_a_run_must_be_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb]) == 2
+    assert "RUN is missing" in capsys.readouterr().err
