@@ -28,6 +28,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; ``ValueError`` for what is no JSON, NaN, infinities and bottomless nesting included."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Threads that spin for long make a shared machine several times slower, threads that never spin a quiet one a
-    # third; GNU OpenMP reads this when torch loads.
+    # Threads that spin for long slow a shared machine down, threads that never spin a quiet one; GNU OpenMP reads this
+    # when torch loads.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     with contextlib.suppress(ValueError):  # only the main thread may; an interrupted output is then cleaned up

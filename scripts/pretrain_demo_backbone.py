@@ -394,7 +394,7 @@ pretrained weights without a download; for real work take a timm backbone.
   the teacher's features.
 - **Accuracy**: {test_top1:.2%} top-1 on the CIFAR-10 test set (10,000 images), before rounding to fp16, with the head
   it was trained with, which is not stored. It was printed after every phase; the last phase ships.
-- **Limits**: small pictures, an hour of training. Apache-2.0.
+- **Limits**: small pictures, little training. Apache-2.0.
 
 | phase | patch tokens | class error | patch error | label loss | test top-1 | minutes so far |
 |---|---|---|---|---|---|---|

@@ -128,7 +128,7 @@ def evaluate_run(
     device: str = "auto",
     skip_broken: bool = False,
 ) -> RunResult:
-    """Score and time a run folder again, from its saved files alone; writes :func:`evaluation_file` beside the result.
+    """Score and time a run folder again, with the data and weights it names; writes :func:`evaluation_file` into it.
 
     Raises:
         ConfigError: for a batch size or device that cannot be used.

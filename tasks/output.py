@@ -72,18 +72,18 @@ def staged_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = 
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"cannot write to {folder}: {reason}; choose another --output") from None
-    complete = False
+    keep = False
     try:
         yield staging
         if not overwrite and _earlier(folder, kind, True) != earlier:
-            complete = True
+            keep = True
             raise OutputError(f"{folder} was written by another process meanwhile; this output is kept in {staging}")
         _swap_in(staging, folder, kind)
     except BaseException:
         wanted = _WORTH_KEEPING.get(kind)
-        if not complete and wanted is not None and (staging / wanted).exists():
+        if not keep and wanted is not None and (staging / wanted).exists():
             print(f"what was trained so far is kept in {staging}", file=sys.stderr)
-        elif not complete:
+        elif not keep:
             shutil.rmtree(staging, ignore_errors=True)
             if not existed and not any(folder.iterdir()):
                 folder.rmdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pyra.errors import ConfigError, DataError
+from pyra.files import read_json
 from pyra.records import record_problems
 
 SCHEMA_VERSION = 1
@@ -90,12 +90,12 @@ def read_result(folder: str | os.PathLike[str]) -> RunResult:
     """
     path = Path(folder) / RESULT_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        data = read_json(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): is {folder} the folder of a finished run?"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a result is a JSON object, this is a {type(data).__name__}")
@@ -103,10 +103,6 @@ def read_result(folder: str | os.PathLike[str]) -> RunResult:
         return RunResult.from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

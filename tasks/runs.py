@@ -10,7 +10,6 @@ adapter/        what was trained (pyra.adapters.saving)
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from pyra.backbones import geometry
 from pyra.backbones.loading import create_backbone, weights_file
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
-from pyra.files import write_json
+from pyra.files import read_json, write_json
 from pyra.records import record_problems
 from pyra.tasks.options import DEVICES, RunOptions
 
@@ -140,12 +139,8 @@ def _read_options(folder: Path) -> RunOptions:
 
 def _read_json(folder: Path, name: str) -> Any:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"), parse_constant=_no_number)
+        return read_json(folder / name)
     except FileNotFoundError:
         raise DataError(f"{folder} holds no finished run ({name} is missing); make one with `pyra train`") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from None
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
