@@ -2,8 +2,8 @@
 
 Merging sorts tokens by similarity. Where two similarities are equal to within rounding, another runtime may pick the
 other pair, and the logits of that image then differ visibly, although both results are right: a trained model can
-differ from its own float64 copy in this way. So a share of the images, :data:`TIES`, may differ where tokens merge; they
-are counted and told apart from the others.
+differ from its own float64 copy in this way. So a share of the images, :data:`TIES`, may differ where tokens merge;
+they are counted and told apart from the others.
 """
 
 from __future__ import annotations
