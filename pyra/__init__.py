@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyra.adapters.published import load_published_checkpoint
     from pyra.backbones import macs, schedule_for, unwrap, wrap
+    from pyra.backbones.features import token_features
     from pyra.config import PyraConfig
     from pyra.errors import PyraError, UnsupportedModelError
     from pyra.matching import MergePlan, match_tokens
@@ -29,6 +30,7 @@ _HOMES = {
     "unwrap": "pyra.backbones",
     "schedule_for": "pyra.backbones",
     "macs": "pyra.backbones",
+    "token_features": "pyra.backbones.features",
     "load_published_checkpoint": "pyra.adapters.published",
     "PyraError": "pyra.errors",
     "UnsupportedModelError": "pyra.errors",
@@ -45,6 +47,7 @@ __all__ = [
     "match_tokens",
     "merge_tokens",
     "schedule_for",
+    "token_features",
     "unmerge_tokens",
     "unwrap",
     "wrap",

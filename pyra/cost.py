@@ -1,8 +1,9 @@
 """What a transformer costs: multiply-accumulates (MACs) of a backbone under a schedule.
 
 Counted, as in the paper's table 1 (1 G = 1e9): patch projection, qkv, output projection, both attention products and
-the MLP; a layer's merging takes effect after its attention. Not counted: norms, biases, the head, and the matching
-itself (:func:`matching_macs` states it; 0.03 % of ViT-B/16 at the published schedules).
+the MLP, and attention pooling where a model has it; a layer's merging takes effect after its attention. Not counted:
+norms, biases, the head, and the matching itself (:func:`matching_macs` states it; 0.03 % of ViT-B/16 at the published
+schedules).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Geometry:
         mlp_macs: MACs of the MLP for one token (``2 * C * hidden`` for the plain MLP).
         head_dim: channels of the similarity features.
         embedding_macs: MACs before the first block (patch projection).
+        projection_macs: MACs of the attention's linear layers for one token; None means ``4 * dim * attention_dim``.
+        pooling_macs: MACs of attention pooling after the last block, where every token is seen again.
     """
 
     depth: int
@@ -35,6 +38,8 @@ class Geometry:
     mlp_macs: int
     head_dim: int
     embedding_macs: int = 0
+    projection_macs: int | None = None
+    pooling_macs: int = 0
 
 
 def token_counts(geometry: Geometry, schedule: Sequence[int]) -> list[int]:
@@ -59,8 +64,10 @@ def geometry_macs(geometry: Geometry, schedule: Sequence[int] | None = None) -> 
     if len(schedule) != geometry.depth:
         raise ValueError(f"schedule has {len(schedule)} entries for {geometry.depth} blocks")
     counts = token_counts(geometry, schedule)
-    projections = 4 * geometry.dim * geometry.attention_dim
-    total = geometry.embedding_macs
+    projections = geometry.projection_macs
+    if projections is None:
+        projections = 4 * geometry.dim * geometry.attention_dim
+    total = geometry.embedding_macs + geometry.pooling_macs
     for before, after in pairwise(counts):
         total += before * projections + 2 * before * before * geometry.attention_dim + after * geometry.mlp_macs
     return total

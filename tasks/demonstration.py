@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from pyra.backbones.timm_vit import source_maps
+from pyra.backbones.features import source_maps
 from pyra.export import ExportReport
 from pyra.files import atomic_path, write_json, write_text
 from pyra.tasks.data import ImageDataset, Task, load_task
@@ -155,7 +155,7 @@ def _picture(model: Any, data: ImageDataset, path: Path) -> None:
     first = {label: index for index, label in reversed(list(enumerate(data.labels)))}
     chosen = [first[label] for label in sorted(first)][:PICTURED]
     batch = torch.stack([data[i]["pixel_values"] for i in chosen])
-    maps = source_maps(model.cpu(), batch)
+    maps = list(source_maps(model.cpu(), batch).values())
     prefix = model.num_prefix_tokens
     layers = sorted({len(maps) // 6, len(maps) // 3, len(maps) - 1})
     rows, columns = model.patch_embed.grid_size

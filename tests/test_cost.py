@@ -108,9 +108,19 @@ def test_input_size() -> None:
     assert macs(model, input_size=32) == macs(model)
 
 
-@pytest.mark.parametrize("size", [33, (32, 30), 0, (32, -4)])
-def test_input_size_that_does_not_fit(size: int | tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="not a multiple of the patch size 4 x 4"):
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (33, "not a multiple of the patch size 4 x 4"),
+        ((32, 30), "not a multiple of the patch size 4 x 4"),
+        (0, "must be a positive number of pixels"),
+        ((32, -4), "must be a positive number of pixels"),
+        ((32,), "must be a positive number of pixels"),
+        ("32", "must be a positive number of pixels"),
+    ],
+)
+def test_input_size_that_does_not_fit(size: int | tuple[int, int], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
         macs(tiny(), input_size=size)
 
 

@@ -1,7 +1,8 @@
-"""Backbones: one file a family, each giving ``geometry``, ``wrap_blocks`` and ``unwrap_blocks``.
+"""Backbones: one file a family, and the verbs that know none of them.
 
-The public verbs are here and know no family: they find the file for a model, resolve the schedule and check it.
-A family file is imported only when one of its models turns up.
+A family file gives ``obstacle`` (why a model cannot be merged), ``geometry``, ``grid``, ``layers``, ``MERGING`` (the
+layer that merges), ``prepare`` and ``restore`` (what else changes in a wrapped model) and ``features``. It is imported
+only when one of its models turns up. What all families share is in :mod:`pyra.backbones.layers`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from pyra.backbones.layers import Step, replace_layers, restore_layers
 from pyra.config import PyraConfig
 from pyra.cost import Geometry, geometry_macs
 from pyra.errors import ConfigError, ScheduleError, UnsupportedModelError
@@ -20,19 +22,24 @@ from pyra.schedule import check_schedule, preset_schedule, solve_schedule
 Model = TypeVar("Model", bound=nn.Module)
 InputSize = int | tuple[int, int]
 
-# Where a model's class (or a class it derives from) is defined -> the file of its family.
-_FAMILIES = (("timm.", "pyra.backbones.timm_vit"),)
+# Where a model's class (or a class it derives from) is defined -> the file of its family; the first match counts.
+_FAMILIES = (
+    ("timm.models.eva.", "pyra.backbones.timm_eva"),
+    ("timm.", "pyra.backbones.timm_vit"),
+    ("transformers.", "pyra.backbones.hf_vision"),
+)
 
 
 def wrap(model: Model, config: PyraConfig) -> Model:
     """Make ``model`` merge tokens, in place.
 
-    Every parameter keeps its name; blocks that merge gain a ``reactivation`` module. With an all-zero schedule the
+    Every parameter keeps its name; layers that merge gain a ``reactivation`` module. With an all-zero schedule the
     model is left as it is. Wrapping again with an equal configuration changes nothing; another configuration replaces
     the first (re-activation weights start anew).
 
     Args:
-        model: a supported backbone, before any PEFT method is attached (or use :func:`pyra.adapters.adapt`).
+        model: a supported backbone, alone, under a head, in a two-tower model, or inside a PEFT model
+            (:func:`pyra.adapters.adapt` wraps and attaches a PEFT method at once).
         config: what to merge.
 
     Returns:
@@ -48,37 +55,50 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     """
     if not isinstance(config, PyraConfig):
         raise ConfigError(f"wrap needs a PyraConfig, such as PyraConfig(rate=0.5); got {config!r}")
-    family = family_of(model)
-    sizes = geometry(model)
+    family, core = locate(model)
+    sizes = family.geometry(core, None)
     schedule = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
     check_schedule(schedule, sizes)
     if wrapped_config(model) == config and wrapped_schedule(model) == schedule:
         return model
     unwrap(model)
     if any(schedule):
-        family.wrap_blocks(model, schedule, config)
-    model.pyra_config = config  # type: ignore[assignment]
-    model.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
+        replace_layers(family.layers(core), _steps(sizes, schedule, config, family.grid(core, None)), family.MERGING)
+        family.prepare(core)
+    core.pyra_config = config  # type: ignore[assignment]
+    core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
     return model
 
 
 def unwrap(model: Model) -> Model:
-    """Undo :func:`wrap` in place and return ``model``: the very blocks it had, with whatever was trained in them."""
+    """Undo :func:`wrap` in place and return ``model``: the very layers it had, with whatever was trained in them.
+
+    A model that is not wrapped is returned as it is.
+    """
     if wrapped_config(model) is not None:
+        family, core = locate(model)
         if any(wrapped_schedule(model) or ()):
-            family_of(model).unwrap_blocks(model)
-        del model.pyra_config, model.pyra_schedule
+            restore_layers(family.layers(core))
+            family.restore(core)
+        del core.pyra_config, core.pyra_schedule
     return model
 
 
+def _steps(sizes: Geometry, schedule: list[int], config: PyraConfig, grid: tuple[int, int]) -> list[Step]:
+    return [
+        Step(layer, sizes.depth, removed, sizes.prefix_tokens, sizes.dim, config, grid)
+        for layer, removed in enumerate(schedule)
+    ]
+
+
 def wrapped_config(model: nn.Module) -> PyraConfig | None:
-    """Return the configuration ``model`` (or the model inside a PEFT model) is wrapped with, or None."""
-    return getattr(_backbone(model), "pyra_config", None)
+    """Return the configuration ``model`` (or the backbone inside it) is wrapped with, or None."""
+    return getattr(_core(model), "pyra_config", None)
 
 
 def wrapped_schedule(model: nn.Module) -> list[int] | None:
-    """Return the tokens removed in each block of a wrapped model, or None."""
-    schedule = getattr(_backbone(model), "pyra_schedule", None)
+    """Return the tokens removed in each layer of a wrapped model, or None."""
+    schedule = getattr(_core(model), "pyra_schedule", None)
     return None if schedule is None else list(schedule)
 
 
@@ -90,11 +110,16 @@ def geometry(model: nn.Module, input_size: InputSize | None = None) -> Geometry:
         input_size: image side or (height, width) in pixels; None means the model's own.
 
     Raises:
-        UnsupportedModelError: for a model of no supported family.
+        UnsupportedModelError: for a model whose tokens cannot be merged, with the reason.
         ValueError: for an input size that does not fit the patches.
     """
-    model = _backbone(model)
-    result: Geometry = family_of(model).geometry(model, input_size)
+    family, core = locate(model)
+    size: object = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if size is not None and not (
+        isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    ):
+        raise ValueError(f"input size must be a positive number of pixels or (height, width), got {input_size!r}")
+    result: Geometry = family.geometry(core, size)
     return result
 
 
@@ -143,27 +168,51 @@ def schedule_for(
     sizes = geometry(model, input_size)
     if preset is None:
         return solve_schedule(sizes, rate=rate, macs=macs)
-    architecture = getattr(_backbone(model), "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    architecture = getattr(_core(model), "pretrained_cfg", {}).get("architecture", type(model).__name__)
     schedule = preset_schedule(architecture, preset)
     check_schedule(schedule, sizes)
     return schedule
 
 
-def family_of(model: nn.Module) -> ModuleType:
-    """Return the family module of a backbone; raises :class:`UnsupportedModelError` where there is none."""
-    if hasattr(model, "get_base_model"):
+def locate(model: nn.Module) -> tuple[ModuleType, nn.Module]:
+    """Find the family of a model, and the module in it that has the layers.
+
+    Raises:
+        UnsupportedModelError: where the model's tokens cannot be merged, with the reason.
+    """
+    core = _core(model)
+    family = _family(core)
+    if family is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} already carries a PEFT method: wrap the backbone first, "
-            "or let pyra.adapters.adapt(model, pyra=..., peft=...) do both"
+            f"{type(core).__name__} is of no supported family; supported are plain vision transformers of timm "
+            "(VisionTransformer, Eva) and transformers (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, ViT-MAE)"
         )
+    reason = _tied_to_a_grid(core) or family.obstacle(core)
+    if reason is not None:
+        name = getattr(core, "pretrained_cfg", {}).get("architecture") or type(core).__name__
+        raise UnsupportedModelError(f"{name} cannot be merged: {reason}")
+    return family, core
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """Return the backbone inside a PEFT model, transformers' wrapper of a timm model, a head or a two-tower model."""
+    core: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    core = getattr(core, "timm_model", core)
+    family = _family(core)
+    return family.tower(core) if hasattr(family, "tower") else core  # type: ignore[union-attr]
+
+
+def _family(core: nn.Module) -> ModuleType | None:
     for home, family in _FAMILIES:
-        if any(f"{cls.__module__}.".startswith(home) for cls in type(model).__mro__):
+        if any(f"{cls.__module__}.".startswith(home) for cls in type(core).__mro__):
             return importlib.import_module(family)
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is of no supported family; supported are timm's plain VisionTransformer models"
-    )
+    return None
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """Return the model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+def _tied_to_a_grid(core: nn.Module) -> str | None:
+    names = [name for name, _ in (*core.named_parameters(), *core.named_buffers())]
+    if any("relative_position" in name or "rel_pos" in name for name in names):
+        return "its attention adds a relative position bias for each pair of grid positions, which a merged token lacks"
+    if any(hasattr(module, "window_size") for module in core.modules()):
+        return "it attends within windows of a fixed grid, which merged tokens no longer form"
+    return None

@@ -1,50 +1,26 @@
-"""timm's plain ``VisionTransformer``: class token or none, distilled, registers.
+"""timm's plain ``VisionTransformer``: ViT, AugReg, DeiT, DINO, DINOv2, MAE, and the towers of CLIP and SigLIP.
 
-A block that merges is replaced by a :class:`MergingBlock` that holds the very same children under the same names, so
-parameters, checkpoints and PEFT target names are unchanged, and no attention code is copied. What a forward needs (the
-sizes, the source map) travels from block to block beside the tokens in a :class:`TokenStream`.
+With a class token or none, distillation and register tokens, any pooling. What cannot be merged is told by what the
+model is made of, never by its name.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from pyra.attention import size_bias
-from pyra.config import PyraConfig
+from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, linear_macs, stream_of
 from pyra.cost import Geometry
-from pyra.errors import ScheduleError, UnsupportedModelError
-from pyra.matching import match_tokens, removable
-from pyra.merging import compose_source_maps, merge_tokens, spread
-from pyra.reactivation import Reactivation
+from pyra.errors import UnsupportedModelError
 
 
-class TokenStream(NamedTuple):
-    """What passes between blocks once tokens have merged.
-
-    Attributes:
-        tokens: [B, N, C].
-        size: [B, N, 1] patches each token stands for; None while that is one.
-        source_map: [B, N0] row that holds each original token; None while that is its own.
-    """
-
-    tokens: Tensor
-    size: Tensor | None
-    source_map: Tensor | None
-
-
-class MergingBlock(nn.Module):
-    """timm's ``Block`` with merging between attention and MLP.
-
-    Modifications against ``Block``: takes tokens [B, N, C] or a :class:`TokenStream`; adds the size bias; merges
-    ``removed`` tokens; returns a stream. The last block (the one with ``model``) returns tokens: those left, where the
-    model pools by class token, else one row for each original token, which weights every pooling by size.
-    """
+class MergingBlock(MergingLayer):
+    """Modifications against timm's ``Block``: takes tokens or a stream, merges, adds the size bias."""
 
     norm1: nn.Module
     attn: nn.Module
@@ -55,213 +31,151 @@ class MergingBlock(nn.Module):
     ls2: nn.Module
     drop_path2: nn.Module
 
-    def __init__(self, block: Block, removed: int, prefix: int, config: PyraConfig, model: VisionTransformer | None):
-        super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
-        self.removed = removed
-        self.prefix = prefix
-        self.config = config
-        # In tuples: no children, but copied and pickled along.
-        self.replaced = (block,)
-        self.model = (model,)
-        if removed and config.reactivation:
-            weight = next(block.parameters())
-            dim = block.norm1.normalized_shape[0]
-            self.reactivation = Reactivation(removed, dim, device=weight.device, dtype=weight.dtype)
-        self.train(block.training)
-
-    def forward(self, x: Tensor | TokenStream) -> Tensor | TokenStream:
-        """Run one block; see the class."""
-        tokens, size, source_map = x if isinstance(x, TokenStream) else (x, None, None)
-        bias = size_bias(size, tokens.dtype) if self.config.proportional_attention else None
-        attention = KeyReader(self.attn)
-        tokens = tokens + self.drop_path1(self.ls1(attention(self.norm1(tokens), bias)))
-        if self.removed:
-            most = removable(tokens.shape[1], self.prefix)
-            if self.removed > most:
-                raise ScheduleError(
-                    f"a block removes {self.removed} of the {tokens.shape[1]} tokens of this input: at most {most} can "
-                    "go; wrap the model with a schedule for this input size"
-                )
-            plan = match_tokens(
-                attention.keys().mean(dim=1), self.removed, num_prefix_tokens=self.prefix, order=self.config.order
-            )
-            tokens, size = merge_tokens(tokens, size, plan, getattr(self, "reactivation", None))
-            source_map = compose_source_maps(source_map, plan)
-        tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
-        (model,) = self.model
-        if model is None:
-            return TokenStream(tokens, size, source_map)
-        return tokens if source_map is None or _pools_by_class_token(model) else spread(tokens, source_map)
-
-    def extra_repr(self) -> str:
-        """Return what is shown in ``print(model)``."""
-        return f"removed={self.removed}"
+    def forward(
+        self, x: Tensor | TokenStream, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | TokenStream:
+        """Run one block."""
+        refuse_masks(attn_mask, is_causal)
+        stream = stream_of(x)
+        attention = NormedKeys(self.attn)
+        attended = attention(self.norm1(stream.tokens), attn_mask=self.bias(stream))
+        stream = self.merge(stream.holding(stream.tokens + self.drop_path1(self.ls1(attended))), attention.keys())
+        tokens = stream.tokens
+        return self.hand_on(stream.holding(tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))))
 
 
-class KeyReader:
-    """Stands in for an attention module during one call and keeps the keys that it computes.
+MERGING = MergingBlock
 
-    The module's own ``forward`` runs with this object as ``self``: every name is looked up on the module, but
-    ``k_norm``, which every timm attention applies to its keys, passes by here. The module itself is not touched, so
-    calls may interleave, recompute and run in threads.
-    """
 
-    def __init__(self, attention: nn.Module) -> None:
-        self._attention = attention
-        self._keys: Tensor | None = None
+def layers(model: VisionTransformer) -> nn.Sequential:
+    """Return the blocks."""
+    return model.blocks
+
+
+def prepare(model: VisionTransformer) -> None:
+    """Make a model whose blocks merge hand out unmerged feature maps."""
+    model.forward_intermediates = functools.partial(forward_intermediates, model)
+
+
+def restore(model: VisionTransformer) -> None:
+    """Undo :func:`prepare`."""
+    del model.forward_intermediates
+
+
+def features(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Return the normed tokens [B, N0, C] of ``images`` [B, 3, H, W]."""
+    tokens: Tensor = model.forward_features(images)
+    return tokens
+
+
+def forward_intermediates(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run the model's own ``forward_intermediates``; every map is spread out, in place."""
+    kind: Any = type(model)
+    return kind.forward_intermediates(_Spreading(model), *args, **kwargs)
+
+
+class _Spreading:
+    """Stands in for a wrapped model during one call: its blocks hand out spread tokens and pass on the merged ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
+        return getattr(self._model, name)
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Attend over ``x`` [B, N, C] with ``bias`` [B, 1, 1, N] added to the scores."""
-        # The module's own hooks run as in any call: `_call_impl` finds them, as everything else, on the module.
-        output: Tensor = nn.Module._call_impl(self, x, attn_mask=bias)  # type: ignore[arg-type]
-        return output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the module's own forward with this object as ``self``."""
-        output: Tensor = type(self._attention).forward(self, *args, **kwargs)
-        return output
-
-    def k_norm(self, keys: Tensor) -> Tensor:
-        """Apply the module's key norm to ``keys`` [B, H, N, d] and keep the outcome."""
-        self._keys = self._attention.k_norm(keys)  # type: ignore[operator]
-        return self._keys
-
-    def keys(self) -> Tensor:
-        """Return the keys [B, H, N, d] of the call."""
-        assert self._keys is not None
-        return self._keys
+    @property
+    def blocks(self) -> _SpreadingBlocks:
+        return _SpreadingBlocks(self._model.blocks)  # type: ignore[arg-type]
 
 
-def wrap_blocks(model: VisionTransformer, schedule: list[int], config: PyraConfig) -> None:
-    """Replace the blocks from the first that merges on; ``schedule`` fits the model and is not all zero."""
-    check_supported(model)
-    first = next(layer for layer, removed in enumerate(schedule) if removed)
-    last = len(model.blocks) - 1
-    for layer in range(first, last + 1):
-        model.blocks[layer] = MergingBlock(
-            model.blocks[layer],
-            schedule[layer],
-            model.num_prefix_tokens,
-            config,
-            model if layer == last else None,
+class _SpreadingBlocks:
+    def __init__(self, blocks: nn.Sequential) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: slice) -> _SpreadingBlocks:
+        return _SpreadingBlocks(self._blocks[index])
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        stream: TokenStream | None = None
+        for block in self._blocks:
+            # What enters a block is bound when it is handed out: a recomputed block sees the same again.
+            call = _SpreadingCall(block, stream)
+            yield call
+            stream = call.stream
+
+
+class _SpreadingCall:
+    def __init__(self, block: nn.Module, entering: TokenStream | None) -> None:
+        self._block, self._entering = block, entering
+        self.stream: TokenStream | None = None
+
+    def __call__(self, x: Tensor, **kwargs: Any) -> Tensor:
+        result = self._block(x if self._entering is None else self._entering, **kwargs)
+        if not isinstance(result, TokenStream):
+            return result
+        self.stream = result
+        return result.spread()
+
+
+def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise :class:`UnsupportedModelError` for a mask, whose rows and columns merged tokens would no longer match."""
+    if attn_mask is not None or is_causal:
+        raise UnsupportedModelError(
+            "a wrapped timm model takes no attention mask: its tokens have merged; unwrap(model) first"
         )
-    model.forward_intermediates = refuse_intermediates
 
 
-def refuse_intermediates(*_args: Any, **_kwargs: Any) -> Any:
-    """Stand in for ``forward_intermediates``, which would fold merged tokens into a grid they no longer fill.
-
-    Raises:
-        UnsupportedModelError: always.
-    """
-    raise UnsupportedModelError(
-        "a wrapped model gives no intermediate feature maps: its tokens have merged; unwrap(model) first"
+def geometry(model: VisionTransformer, input_size: tuple[int, int] | None) -> Geometry:
+    """Sizes of the model at ``input_size`` pixels (None: its own)."""
+    rows, columns = grid(model, input_size)
+    block, patches = model.blocks[0], rows * columns
+    return Geometry(
+        depth=len(model.blocks),
+        tokens=patches + model.num_prefix_tokens,
+        prefix_tokens=model.num_prefix_tokens,
+        dim=model.embed_dim,
+        attention_dim=block.attn.num_heads * block.attn.head_dim,
+        mlp_macs=linear_macs(block.mlp),
+        head_dim=block.attn.head_dim,
+        embedding_macs=patches * model.patch_embed.proj.weight.numel(),
+        projection_macs=linear_macs(block.attn),
+        pooling_macs=_pooling_macs(model.attn_pool, patches),
     )
 
 
-def unwrap_blocks(model: VisionTransformer) -> None:
-    """Put the replaced blocks back, holding the children their stand-ins have now."""
-    del model.forward_intermediates
-    for layer, block in enumerate(model.blocks):
-        if isinstance(block, MergingBlock):
-            (original,) = block.replaced
-            for name in original._modules:
-                setattr(original, name, getattr(block, name))
-            original.training = block.training
-            model.blocks[layer] = original
-
-
-def geometry(model: nn.Module, input_size: int | tuple[int, int] | None) -> Geometry:
-    """Sizes of the model at ``input_size`` pixels (None: its own)."""
-    plain: Any = check_supported(model)
-    patch = plain.patch_embed
-    height, width = patch.patch_size
+def grid(model: VisionTransformer, input_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of patches at ``input_size`` pixels (None: the model's own)."""
+    patch = model.patch_embed
     if input_size is None:
         rows, columns = patch.grid_size
-    else:
-        size = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
-            raise ValueError(f"input size must be a whole number of pixels or (height, width), got {input_size!r}")
-        if size[0] % height or size[1] % width or min(size) <= 0:
-            raise ValueError(f"input size {size} is not a multiple of the patch size {height} x {width}")
-        rows, columns = size[0] // height, size[1] // width
-    block = plain.blocks[0]
-    patches = rows * columns
-    return Geometry(
-        depth=len(plain.blocks),
-        tokens=patches + plain.num_prefix_tokens,
-        prefix_tokens=plain.num_prefix_tokens,
-        dim=plain.embed_dim,
-        attention_dim=block.attn.attn_dim,
-        mlp_macs=_linear_macs(block.mlp),
-        head_dim=block.attn.head_dim,
-        embedding_macs=patches * patch.proj.weight.numel(),
-    )
+        return int(rows), int(columns)
+    height, width = patch.patch_size
+    if input_size[0] % height or input_size[1] % width:
+        raise ValueError(f"input size {input_size} is not a multiple of the patch size {height} x {width}")
+    return input_size[0] // height, input_size[1] // width
 
 
-def check_supported(model: nn.Module) -> VisionTransformer:
-    """Return ``model``, or raise :class:`UnsupportedModelError` with what keeps its tokens from merging."""
-    reason = _obstacle(model)
-    if reason is not None:
-        name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
-        raise UnsupportedModelError(f"{name} cannot be merged: {reason}")
-    assert isinstance(model, VisionTransformer)
-    return model
-
-
-def _obstacle(model: nn.Module) -> str | None:
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    if any("relative_position" in name or "rel_pos" in name for name in names):
-        return "its attention adds a relative position bias for each pair of grid positions, which a merged token lacks"
-    if any(hasattr(module, "window_size") for module in model.modules()):
-        return "it attends within windows of a fixed grid, which merged tokens no longer form"
+def obstacle(model: nn.Module) -> str | None:
+    """Return what keeps the model's tokens from merging, or None."""
     if not isinstance(model, VisionTransformer):
         return f"{type(model).__name__} is not timm's plain VisionTransformer"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(model.patch_embed).__name__} (a hybrid), not from a plain projection"
     for block in model.blocks:
-        if not isinstance(block, (Block, MergingBlock)):
+        if not isinstance(block, Block):
             return f"its blocks ({type(block).__name__}) are not pre-norm attention followed by an MLP"
         if not isinstance(block.attn, Attention):
             return f"its attention ({type(block.attn).__name__}) does not give its keys and take a size bias"
     return None
 
 
-def _pools_by_class_token(model: VisionTransformer) -> bool:
-    return model.attn_pool is None and model.global_pool == "token"
-
-
-def _linear_macs(module: Any) -> int:
-    """MACs of the linear layers in ``module`` for one token; PEFT layers count as the layer they stand for."""
-    if hasattr(module, "get_base_layer"):
-        module = module.get_base_layer()
-    if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
-        return int(module.in_features) * int(module.out_features)
-    return sum(_linear_macs(child) for child in module.children())
-
-
-def source_maps(model: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """Follow every original token through a wrapped model, in a copy of it.
-
-    Args:
-        model: wrapped, on the device of ``images``.
-        images: [B, 3, H, W].
-
-    Returns:
-        One [B, N0] map a block, from the first that merges on: the row that holds each original token after it.
-    """
-    traced = copy.deepcopy(model).eval()
-    maps: list[Tensor] = []
-    for block in traced.blocks:
-        if isinstance(block, MergingBlock):
-            block.model = (None,)
-            block.register_forward_hook(lambda _module, _inputs, stream: maps.append(stream.source_map))
-    traced.norm.register_forward_pre_hook(lambda _module, inputs: (inputs[0].tokens,))
-    with torch.inference_mode():
-        traced.forward_features(images)
-    return maps
+def _pooling_macs(pool: Any, patches: int) -> int:
+    """MACs of attention pooling, which sees every token again."""
+    if not isinstance(pool, AttentionPoolLatent):
+        return 0
+    every = linear_macs(pool.kv)
+    products = 2 * pool.latent_len * pool.num_heads * pool.head_dim
+    return patches * (every + products) + pool.latent_len * (linear_macs(pool) - every)

@@ -190,7 +190,7 @@ def test_wrapping_again(images: Tensor) -> None:
     wrap(model, other)
     assert wrapped_config(model) == other and wrapped_schedule(model) == [7, 0, 0, 0]
     assert torch.equal(outputs(model, images), outputs(wrap(tiny(), other), images))
-    assert isinstance(model.blocks[0].replaced[0], timm.models.vision_transformer.Block)  # not a stand-in's stand-in
+    assert type(model.blocks[0].replaced[0]) is timm.models.vision_transformer.Block  # not a stand-in's stand-in
 
 
 def test_a_schedule_that_does_not_fit_leaves_the_model_alone(images: Tensor) -> None:
@@ -389,9 +389,9 @@ def test_other_dtypes(dtype: torch.dtype, images: Tensor) -> None:
 def test_another_input_size() -> None:
     model = train_reactivation(wrap(tiny(dynamic_img_size=True), PyraConfig(schedule=[0, 8, 0, 5])))
     assert outputs(model, torch.randn(2, 3, 48, 40)).shape == (2, 10)
-    with pytest.raises(ScheduleError, match="a block removes 5 of the 9 tokens of this input: at most 4 can go"):
+    with pytest.raises(ScheduleError, match="layer 3 removes 5 of the 9 tokens of this input: at most 4 can go"):
         outputs(model, torch.randn(2, 3, 16, 16))
-    with pytest.raises(ScheduleError, match="a block removes 8 of the 10 tokens of this input: at most 4 can go"):
+    with pytest.raises(ScheduleError, match="layer 1 removes 8 of the 10 tokens of this input: at most 4 can go"):
         outputs(model, torch.randn(2, 3, 12, 12))
 
 
@@ -424,27 +424,69 @@ def test_unsupported_blocks() -> None:
 
 
 def test_not_a_backbone() -> None:
-    with pytest.raises(UnsupportedModelError, match="Linear is of no supported family; supported are timm's plain"):
+    with pytest.raises(UnsupportedModelError, match="Linear is of no supported family; supported are plain vision"):
         wrap(nn.Linear(2, 2), PyraConfig(rate=0.5))
 
 
-def test_peft_models_are_wrapped_before() -> None:
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["qkv"]))
-    with pytest.raises(UnsupportedModelError, match="PeftModel already carries a PEFT method: wrap the"):
-        wrap(model, PyraConfig(schedule=SCHEDULE))
+@pytest.mark.parametrize("target", ["qkv", "all-linear"])
+def test_peft_before_or_after_wrapping(target: str, images: Tensor) -> None:
+    config = PyraConfig(schedule=SCHEDULE, reactivation=False)
+    lora = peft.LoraConfig(r=2, target_modules=[target] if target == "qkv" else target, init_lora_weights=False)
+    torch.manual_seed(3)
+    before = peft.get_peft_model(tiny(), lora)
+    torch.manual_seed(3)
+    after = peft.get_peft_model(wrap(tiny(), config), lora)
+    plain = outputs(before, images)
+    assert wrap(before, config) is before and wrapped_config(before) == config
+    assert list(before.state_dict()) == list(after.state_dict())
+    assert torch.equal(outputs(before, images), outputs(after, images))
+    assert not torch.equal(outputs(before, images), plain)
+    assert torch.equal(outputs(unwrap(before), images), plain)
 
 
-def test_intermediate_maps_are_refused_until_unwrapped() -> None:
-    """Merged tokens can happen to fill a smaller grid (here 9 of 16): a map of them would be silently wrong."""
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=10).eval()
-    images = torch.randn(2, 3, 64, 64)
-    plain = model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
-    wrap(model, PyraConfig(schedule=[0, 4, 2, 1]))
+def test_intermediate_maps_are_unmerged_and_in_place(model: nn.Module, images: Tensor) -> None:
+    """Every map is full-length; where nothing merged yet it is the plain model's, later each patch has its group's."""
+    plain = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+    wrap(model, PyraConfig(schedule=SCHEDULE))
+    expected = model.forward_features(images)
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(UnsupportedModelError, match="unwrap"):
-            copied.forward_intermediates(images, indices=1, intermediates_only=True)
-        with pytest.raises(UnsupportedModelError, match="unwrap"):
-            copied.get_intermediate_layers(images, n=1, reshape=True)
+        last, maps = copied.forward_intermediates(images, output_fmt="NLC", norm=True)
+        raw = copied.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+        grids = copied.forward_intermediates(images, intermediates_only=True)
+        assert [m.shape for m in raw] == [m.shape for m in plain]
+        assert torch.equal(raw[0], plain[0]) and not torch.equal(raw[1], plain[1])
+        assert torch.equal(last, expected) and torch.equal(maps[-1], expected[:, model.num_prefix_tokens :])
+        for grid, tokens in zip(grids, raw, strict=True):
+            assert torch.equal(grid.flatten(2).transpose(1, 2), tokens)
+    # Fewer blocks, prefix tokens, and checkpointed blocks give the same.
+    early = model.forward_intermediates(images, indices=[1], stop_early=True, output_fmt="NLC", intermediates_only=True)
+    assert torch.equal(early[0], raw[1])
+    assert torch.equal(model.get_intermediate_layers(images, n=[1])[0], raw[1])
     unwrap(model)
-    assert torch.equal(model.forward_intermediates(images, indices=1, intermediates_only=True)[0], plain)
+    after = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(after, plain, strict=True))
+
+
+def test_groups_of_an_intermediate_map_are_those_that_merged(images: Tensor) -> None:
+    model = wrap(tiny(), PyraConfig(schedule=[0, 8, 0, 0], reactivation=False))
+    first, second, *_ = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+    for before, after in zip(first, second, strict=True):
+        assert len(before.unique(dim=0)) == 64 and len(after.unique(dim=0)) == 56
+
+
+def test_gradients_through_checkpointed_intermediate_maps(images: Tensor) -> None:
+    model = train_reactivation(wrap(tiny(), PyraConfig(schedule=TRAINED_SCHEDULE))).train()
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        maps = model.forward_intermediates(images, intermediates_only=True)
+        sum(m.square().sum() for m in maps).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_mask_is_refused(images: Tensor) -> None:
+    model = wrap(tiny(), PyraConfig(schedule=SCHEDULE))
+    with pytest.raises(UnsupportedModelError, match="no attention mask"):
+        model(images, attn_mask=torch.zeros(65, 65))

@@ -1,0 +1,259 @@
+"""What all families share: a layer that merges stands in for the model's own, in the same place.
+
+A :class:`MergingLayer` holds the very children, hooks and flags of the layer it replaces, under the same names, and is
+an instance of that layer's class: parameters, checkpoints, PEFT targets, recorders of hidden states and FSDP policies
+find what they look for. No attention code is copied: :class:`KeyReader` reads the keys. What one forward needs travels
+from layer to layer beside the tokens in a :class:`TokenStream`, and the last layer spreads the tokens out again, so
+that what follows the layers (norm, pooling, heads) sees one row a token, in order, each weighted by its size.
+
+Letters: ``B`` batch, ``N`` tokens now, ``N0`` tokens at the first layer, ``C`` channels, ``H`` heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, MutableSequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyra.attention import size_bias
+from pyra.config import PyraConfig
+from pyra.errors import ScheduleError
+from pyra.matching import match_tokens, removable
+from pyra.merging import compose_source_maps, merge_tokens, spread
+from pyra.reactivation import Reactivation
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """What passes between layers once tokens have merged.
+
+    Attributes:
+        tokens: [B, N, C].
+        size: [B, N, 1] int32, patches each token stands for, 0 for padding; whole numbers, which no mixed-precision
+            policy rounds. None while all are one.
+        source_map: [B, N0] row that holds each original token; None while that is its own.
+        positions: [B, N] original position of each token; a merged token has that of its destination. None while all
+            are in place.
+    """
+
+    tokens: Tensor
+    size: Tensor | None = None
+    source_map: Tensor | None = None
+    positions: Tensor | None = None
+
+    def holding(self, tokens: Tensor) -> TokenStream:
+        """Return the stream with other values in the same tokens."""
+        return TokenStream(tokens, self.size, self.source_map, self.positions)
+
+    def spread(self) -> Tensor:
+        """Return [B, N0, C]: for each original token the one that holds it."""
+        return self.tokens if self.source_map is None else spread(self.tokens, self.source_map)
+
+
+torch.export.register_dataclass(TokenStream)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer does.
+
+    Attributes:
+        layer: index of the layer, from 0.
+        depth: number of layers.
+        removed: tokens it merges away.
+        prefix: leading tokens that never merge.
+        dim: channels ``C``.
+        config: how tokens are matched and merged.
+        grid: rows and columns of patches the schedule was made for.
+    """
+
+    layer: int
+    depth: int
+    removed: int
+    prefix: int
+    dim: int
+    config: PyraConfig
+    grid: tuple[int, int]
+
+    @property
+    def last(self) -> bool:
+        """Whether the tokens are spread out after this layer."""
+        return self.layer == self.depth - 1
+
+
+class MergingLayer(nn.Module):
+    """Merging between attention and MLP; a family's subclass has the ``forward``.
+
+    Instances also inherit from the class of the layer that they replace, whose name they keep: policies that wrap by
+    class name (FSDP's) go on matching.
+    """
+
+    step: Step
+    replaced: tuple[nn.Module]  # in a tuple: no child, but copied and pickled along
+    origin: tuple[type[MergingLayer], type[nn.Module]]
+
+    def merge(self, stream: TokenStream, keys: Tensor) -> TokenStream:
+        """Merge the tokens of a stream.
+
+        Args:
+            stream: what entered the layer, with ``tokens`` after attention.
+            keys: [B, N, d] similarity features, the keys averaged over heads.
+
+        Raises:
+            ScheduleError: where the input is too small for the schedule.
+        """
+        step, count = self.step, stream.tokens.shape[1]
+        if not step.removed:
+            return stream
+        most = removable(count, step.prefix)
+        if step.removed > most:
+            raise ScheduleError(
+                f"layer {step.layer} removes {step.removed} of the {count} tokens of this input: at most {most} can "
+                "go; wrap the model with a schedule for this input size"
+            )
+        plan = match_tokens(keys, step.removed, num_prefix_tokens=step.prefix, order=step.config.order)
+        size = None if stream.size is None else stream.size.to(torch.promote_types(keys.dtype, torch.float32))
+        tokens, size = merge_tokens(stream.tokens, size, plan, getattr(self, "reactivation", None))
+        return TokenStream(
+            tokens,
+            size.to(torch.int32),
+            compose_source_maps(stream.source_map, plan),
+            plan.kept if stream.positions is None else stream.positions.gather(1, plan.kept),
+        )
+
+    def bias(self, stream: TokenStream) -> Tensor | None:
+        """Return what is added to the attention scores, [B, 1, 1, N], or None while all tokens count one."""
+        if not self.step.config.proportional_attention or stream.size is None:
+            return None
+        return size_bias(stream.size.float(), stream.tokens.dtype)
+
+    def hand_on(self, stream: TokenStream) -> Tensor | TokenStream:
+        """Return what the next layer gets, or after the last one [B, N0, C]."""
+        return stream.spread() if self.step.last else stream
+
+    def extra_repr(self) -> str:
+        """Return what is shown in ``print(model)``."""
+        return f"removed={self.step.removed}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by the two classes that the instance's own class is made of."""
+        return _blank, self.origin, self.__dict__
+
+
+def stream_of(x: Tensor | TokenStream) -> TokenStream:
+    """Return the stream that enters a layer: tokens [B, N, C] that nothing merged yet start one."""
+    return x if isinstance(x, TokenStream) else TokenStream(x)
+
+
+def replace_layers(layers: MutableSequence[nn.Module], steps: list[Step], kind: type[MergingLayer]) -> None:
+    """Replace the layers in a module list from the first that merges on; ``steps`` has one entry a layer."""
+    first = next(index for index, step in enumerate(steps) if step.removed)
+    for index in range(first, len(steps)):
+        layers[index] = _standing_for(layers[index], steps[index], kind)
+
+
+def restore_layers(layers: MutableSequence[nn.Module]) -> None:
+    """Put the replaced layers back, with the children, hooks and flags that their stand-ins have now."""
+    for index, layer in enumerate(layers):
+        if isinstance(layer, MergingLayer):
+            (original,) = layer.replaced
+            state = {k: v for k, v in layer.__dict__.items() if k not in ("step", "replaced")}
+            state["_modules"] = {k: v for k, v in layer._modules.items() if k != "reactivation"}
+            original.__dict__.update(state)
+            layers[index] = original
+
+
+def _standing_for(layer: nn.Module, step: Step, kind: type[MergingLayer]) -> MergingLayer:
+    new = _blank(kind, type(layer))
+    new.__dict__.update(layer.__dict__)
+    for name in ("_modules", "_parameters", "_buffers"):
+        new.__dict__[name] = dict(layer.__dict__[name])
+    new.step = step
+    new.replaced = (layer,)
+    if step.removed and step.config.reactivation:
+        weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+        new.reactivation = Reactivation(step.removed, step.dim, device=weight.device, dtype=weight.dtype)
+        new.reactivation.train(layer.training)
+    return new
+
+
+def _blank(kind: type[MergingLayer], base: type[nn.Module]) -> Any:
+    cls = _stand_in_class(kind, base)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _stand_in_class(kind: type[MergingLayer], base: type[nn.Module]) -> type[MergingLayer]:
+    return type(base.__name__, (kind, base), {"__module__": __name__, "__doc__": kind.__doc__, "origin": (kind, base)})
+
+
+class KeyReader:
+    """Stands in for an attention module during one call and keeps the keys that it computes.
+
+    The module's own ``forward`` runs with this object as ``self``: every name is looked up on the module, but the
+    submodule that yields the keys (``k_norm`` or ``k_proj``) passes by here. The module itself is not touched, so
+    calls may interleave, recompute and run in threads.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention = attention
+        self._keys: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module: its own hooks run as in any call, `_call_impl` finds them on it."""
+        return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward with this object as ``self``."""
+        return type(self._attention).forward(self, *args, **kwargs)
+
+    def _keep(self, keys: Tensor) -> Tensor:
+        self._keys = keys
+        return keys
+
+
+class NormedKeys(KeyReader):
+    """timm: every attention passes its keys [B, H, N, d] through ``k_norm``, before any rotation."""
+
+    def k_norm(self, keys: Tensor) -> Tensor:
+        """Apply the module's key norm and keep the outcome."""
+        return self._keep(self._attention.k_norm(keys))  # type: ignore[operator]
+
+    def keys(self) -> Tensor:
+        """Return the keys of the call averaged over heads, [B, N, d]."""
+        assert self._keys is not None
+        return self._keys.mean(dim=1)
+
+
+class ProjectedKeys(KeyReader):
+    """transformers: every vision attention gets its keys [B, N, H * d] from ``k_proj``, before any rotation."""
+
+    def k_proj(self, x: Tensor) -> Tensor:
+        """Apply the module's key projection and keep the outcome."""
+        return self._keep(self._attention.k_proj(x))  # type: ignore[operator]
+
+    def keys(self) -> Tensor:
+        """Return the keys of the call averaged over heads, [B, N, d]."""
+        assert self._keys is not None
+        return self._keys.unflatten(-1, (-1, self._attention.head_dim)).mean(dim=2)
+
+
+def linear_macs(module: Any) -> int:
+    """MACs of the linear layers in ``module`` for one token; PEFT layers count as the layer they stand for."""
+    if hasattr(module, "get_base_layer"):
+        module = module.get_base_layer()
+    if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
+        return int(module.in_features) * int(module.out_features)
+    return sum(linear_macs(child) for child in module.children())
+
+
+def merging_layers(model: nn.Module) -> Iterator[MergingLayer]:
+    """Yield the layers of a wrapped model that stand in for its own, in order."""
+    yield from (module for module in model.modules() if isinstance(module, MergingLayer))
