@@ -11,12 +11,11 @@ from typing import Any
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import write_json
-from pyra.matching import ORDERS, Order
+from pyra.matching import METHODS, ORDERS, Order
 from pyra.records import record_problems
 from pyra.schedule import preset_schedule
 
 VERSION = 1
-MATCHINGS = ("bipartite",)
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,15 @@ class PyraConfig:
         rate: share of the MACs to save, in [0, 1); the schedule is solved for the wrapped model.
         reactivation: train re-activation weights (PYRA); False merges plainly (ToMe).
         proportional_attention: add log(size) of the keys to the attention scores.
-        matching: how pairs are found; ``"bipartite"`` is the published even/odd split.
-        order: order of the kept tokens, ``"grouped"`` as published or ``"sequence"``.
+        matching: how pairs are found: ``"bipartite"``, the published even/odd split (ToMe, arXiv 2210.09461);
+            ``"energy"``, among the tokens that have most others like them (PiToMe, arXiv 2405.16148); ``"local"``,
+            neighbours on the patch grid first; ``"prune"``, the tokens of ``"bipartite"`` dropped instead of merged, a
+            control, without re-activation. See :func:`pyra.match_tokens`.
+        order: order of the kept tokens, ``"grouped"`` as published or ``"sequence"``; ``"energy"`` and ``"local"``
+            always keep the sequence.
+        threshold: cosine similarity in [-1, 1] under which a token is dropped instead of merged (cf. Token Fusion,
+            arXiv 2312.01026); None merges every pair. Not with ``"prune"``.
+        window: largest distance, in patches, of the neighbours that ``"local"`` prefers.
 
     Raises:
         ConfigError: listing every problem at once.
@@ -47,6 +53,8 @@ class PyraConfig:
     proportional_attention: bool = True
     matching: str = "bipartite"
     order: Order = "grouped"
+    threshold: float | None = None
+    window: int = 1
 
     def __post_init__(self) -> None:
         """Check all fields together."""
@@ -60,14 +68,24 @@ class PyraConfig:
         for name in ("reactivation", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name, allowed in (("matching", MATCHINGS), ("order", ORDERS)):
+        for name, allowed in (("matching", METHODS), ("order", ORDERS)):
             value = getattr(self, name)
             if value not in allowed:
                 problems.append(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(str(value), allowed)}"
                 )
+        if self.threshold is not None and not (_is_number(self.threshold) and -1 <= self.threshold <= 1):
+            problems.append(f"threshold must be a number in [-1, 1], got {self.threshold!r}")
+        if not _is_whole(self.window) or self.window < 1:
+            problems.append(f"window must be a whole number of at least 1, got {self.window!r}")
+        if self.matching == "prune":
+            if self.threshold is not None:
+                problems.append("pruning drops every chosen token: give no threshold")
+            if self.reactivation is True:
+                problems.append("pruning merges nothing that could be re-activated: give reactivation=False")
         if problems:
             raise ConfigError("PyraConfig: " + "; ".join(problems))
+        object.__setattr__(self, "window", int(self.window))
         if self.schedule is not None:
             object.__setattr__(self, "schedule", [int(r) for r in self.schedule])
 
@@ -129,11 +147,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _schedule_problems(schedule: object) -> list[str]:
     if not isinstance(schedule, (list, tuple)) or not schedule:
         return [f"schedule must be a list with one whole number a block, got {schedule!r}"]
     return [
         f"schedule entry {layer} must be a whole number of at least 0, got {removed!r}"
         for layer, removed in enumerate(schedule)
-        if isinstance(removed, bool) or not isinstance(removed, Integral) or removed < 0
+        if not _is_whole(removed) or removed < 0
     ]

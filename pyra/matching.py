@@ -1,41 +1,48 @@
 """Which tokens merge: similarity features -> :class:`MergePlan`, a plain set of index tensors.
 
-Bipartite soft matching (ToMe, arXiv 2210.09461, section 3) as PYRA uses it (arXiv 2403.09192, section 3.1): even
-positions form set A, odd positions set B; every A token proposes to its most similar B token, and the ``r`` A tokens
-with the highest similarity become sources. Everything that follows - merging, unmerging, source maps, export -
-consumes the plan and never looks at the features again.
+The default is bipartite soft matching (ToMe, arXiv 2210.09461, section 3) as PYRA uses it (arXiv 2403.09192, section
+3.1): even positions form set A, odd positions set B; every A token proposes to its most similar B token, and the ``r``
+A tokens with the highest similarity become sources. The other methods (:data:`METHODS`) find their pairs otherwise;
+see :mod:`pyra.pairing`. Everything that follows - merging, unmerging, source maps, export - consumes the plan and never
+looks at the features again.
 
 Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``r`` tokens removed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from pyra.pairing import bipartite_pairs, energy_pairs, local_pairs, unit_vectors
 
 Order = Literal["grouped", "sequence"]
 ORDERS: tuple[str, ...] = ("grouped", "sequence")
+METHODS: tuple[str, ...] = ("bipartite", "energy", "local", "prune")
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """One merging step of a batch, as index tensors (int64, no gradients).
+    """One merging step of a batch, as index tensors (int64, no gradients) and, where tokens are dropped, weights.
 
     Attributes:
-        source: [B, r] input positions that are merged away, most similar pair first (the rank of a pair).
+        source: [B, r] input positions that are merged away, best pair first (the rank of a pair).
         destination: [B, r] input position that each source is merged into; a destination may occur several times.
         kept: [B, N - r] input positions that remain, in output order.
         target: [B, r] output row of each destination: ``kept.gather(1, target) == destination``.
+        weight: [B, r] float32, share of each source's size that its destination receives; 0 drops the token, None
+            stands for ones. A dropped token still has a destination, which stands for it in dense outputs.
     """
 
     source: Tensor
     destination: Tensor
     kept: Tensor
     target: Tensor
+    weight: Tensor | None = None
 
     @property
     def removed(self) -> int:
@@ -73,84 +80,117 @@ def match_tokens(
     num_prefix_tokens: int = 1,
     protected: Tensor | None = None,
     order: Order = "grouped",
+    method: str = "bipartite",
+    threshold: float | None = None,
+    margin: float = 0.9,
+    positions: Tensor | None = None,
+    grid_width: int | None = None,
+    window: int = 1,
 ) -> MergePlan:
     """Choose ``r`` tokens to merge away and the token each of them merges into.
 
+    A sample with features that are not finite gets some valid plan; the plans of the other samples are unaffected.
+
     Args:
         features: [B, N, D] similarity features, not normalised (cosine similarity is taken here, in at least float32).
-        r: tokens to remove, clipped to ``(N - protected tokens) // 2``.
+        r: tokens to remove, clipped to ``(N - prefix tokens - protected tokens) // 2``.
         num_prefix_tokens: leading tokens (class, distillation, register, prompt) that never take part.
-        protected: [N] or [B, N] bool, further tokens that never take part. The number that can be removed then depends
-            on the data, which costs one synchronisation with the device.
-        order: order of the kept tokens. ``"grouped"``: prefix tokens, kept even positions, odd positions (the published
-            order; the next layer's split sees it). ``"sequence"``: the original order.
+        protected: [N] or [B, N] bool, further tokens that never take part; not with ``"local"``. The number that can
+            be removed then depends on the data, which costs one synchronisation with the device.
+        order: order of the kept tokens, for ``"bipartite"`` and ``"prune"``; the other methods keep the original one.
+            ``"grouped"``: prefix tokens, kept even positions, odd positions (the published order; the next layer's
+            split sees it). ``"sequence"``: the original order.
+        method: how pairs are found.
+            ``"bipartite"``: even against odd positions (ToMe, arXiv 2210.09461, section 3).
+            ``"energy"``: among the ``2 r`` tokens that have most others like them (PiToMe, arXiv 2405.16148, section
+            3.2); see :func:`pyra.pairing.energy_pairs`.
+            ``"local"``: neighbours on the patch grid before all others; see :func:`pyra.pairing.local_pairs`.
+            ``"prune"``: the pairs of ``"bipartite"``, the sources dropped instead of merged: a control.
+        threshold: cosine similarity in [-1, 1] under which a pair is not averaged: its source is dropped (weight 0),
+            where merging would blur (cf. Token Fusion, arXiv 2312.01026). ``r`` tokens are removed all the same. Not
+            with ``"prune"``.
+        margin: similarity from which on tokens count as alike, read by ``"energy"``. The paper lowers it over the
+            layers: ``0.9 - 0.9 * layer / depth``.
+        positions: [N] or [B, N] whole numbers, read by ``"local"``: index of each token in the sequence that entered
+            the model, prefix tokens included; None for ``0 .. N - 1``.
+        grid_width: patches in a row of the grid, required by ``"local"``.
+        window: largest distance of neighbours in patches, diagonals counted as 1 (Chebyshev), read by ``"local"``.
 
     Returns:
-        The plan; with nothing to remove its ``source`` is [B, 0] and ``kept`` lists every token.
+        The plan; with nothing to remove its ``source`` is [B, 0] and ``kept`` lists every token. Sources come most
+        similar pair first; with ``"local"`` by distance beyond the window before that.
 
     Raises:
-        ValueError: for features that are not [B, N, D], a negative ``r`` or prefix, an unknown order, or a mask that
-            does not fit.
+        ValueError: naming every argument that cannot be used, among them what a method needs or does not support.
 
     Example:
         >>> plan = match_tokens(torch.randn(2, 17, 8), 4)
         >>> plan.kept.shape
         torch.Size([2, 13])
     """
-    _check(features, r, num_prefix_tokens, protected, order)
+    problems = _problems(features, r, num_prefix_tokens, protected, order)
+    problems += _method_problems(features, method, threshold, margin, protected, positions, grid_width, window)
+    if problems:
+        raise ValueError("match_tokens: " + "; ".join(problems))
     batch, tokens, _ = features.shape
+    p = min(num_prefix_tokens, tokens)
     with torch.no_grad():
-        r = min(int(r), removable(tokens, num_prefix_tokens))
+        r = min(int(r), removable(tokens, p))
         blocked = None
         if protected is not None:
             blocked = protected.to(features.device).expand(batch, tokens)
-            r = min(r, _removable_with(blocked, num_prefix_tokens))
-        even, odd, best, partner = _propose(features.detach(), num_prefix_tokens, blocked)
-        ranked = best.sort(dim=1, descending=True).indices
-        chosen, rest = ranked[:, :r], ranked[:, r:].sort(dim=1).values
-        source = even[chosen]
-        destination = odd[partner.gather(1, chosen)]
-        kept_even, kept_odd = even[rest], odd.expand(batch, -1)
-        if order == "sequence":
-            kept = torch.cat([kept_even, kept_odd], dim=1).sort(dim=1).values
-            return MergePlan(source, destination, kept, torch.searchsorted(kept, destination.contiguous()))
-        # Prefix tokens lead; even ones are never sources, so they head `kept_even` in order.
-        p = min(num_prefix_tokens, tokens)
-        prefix = torch.arange(p, device=features.device).expand(batch, -1)
-        kept = torch.cat([prefix, kept_even[:, (p + 1) // 2 :], kept_odd[:, p // 2 :]], dim=1)
-        first_odd = kept.shape[1] - (odd.shape[0] - p // 2)  # output row of the first odd token after the prefix
-        return MergePlan(source, destination, kept, destination // 2 - p // 2 + first_odd)
+            r = min(r, _removable_with(blocked, p, method))
+        unit = unit_vectors(features.detach())
+        if method == "energy":
+            pairs = energy_pairs(unit, r, p, blocked, margin)
+        elif method == "local":
+            assert grid_width is not None
+            pairs = local_pairs(unit, r, p, positions, grid_width, window)
+        else:
+            pairs, even = bipartite_pairs(unit, r, p, blocked)
+        if method in ("bipartite", "prune") and order == "grouped":
+            kept, target = _grouped(pairs.destination, even, tokens, p)
+        else:
+            kept, target = _in_sequence(pairs.source, pairs.destination, tokens)
+        weight = None
+        if method == "prune":
+            weight = torch.zeros_like(pairs.similarity, dtype=torch.float32)
+        elif threshold is not None:  # a similarity that is no number is under every threshold
+            weight = (pairs.similarity >= threshold).to(torch.float32)
+        return MergePlan(pairs.source, pairs.destination, kept, target, weight)
 
 
-def _propose(features: Tensor, p: int, blocked: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Positions of the even and odd tokens, and the best score [B, N_even] and partner of every even token."""
-    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
-    scores[:, : (p + 1) // 2] = -torch.inf
-    scores[:, :, : p // 2] = -torch.inf
-    if blocked is not None:
-        scores.masked_fill_(blocked[:, ::2, None] | blocked[:, None, 1::2], -torch.inf)
-    positions = torch.arange(features.shape[1], device=features.device)
-    even, odd = positions[::2], positions[1::2]
-    if odd.numel() == 0:
-        nothing = positions.new_zeros(features.shape[0], even.numel())
-        return even, odd, nothing.to(unit.dtype), nothing
-    best, partner = scores.max(dim=2)
-    return even, odd, best, partner
+def _grouped(destination: Tensor, even: Tensor, tokens: int, p: int) -> tuple[Tensor, Tensor]:
+    """Kept positions and targets in the published order, given the even positions that remain."""
+    positions = torch.arange(tokens, device=even.device).expand(even.shape[0], -1)
+    # Prefix tokens lead; even ones are never sources, so they head `even` in order.
+    kept = torch.cat([positions[:, :p], even[:, (p + 1) // 2 :], positions[:, 1::2][:, p // 2 :]], dim=1)
+    first_odd = kept.shape[1] - (tokens // 2 - p // 2)  # output row of the first odd token after the prefix
+    return kept, destination // 2 - p // 2 + first_odd
 
 
-def _removable_with(blocked: Tensor, p: int) -> int:
+def _in_sequence(source: Tensor, destination: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Kept positions and targets in the original order."""
+    positions = torch.arange(tokens, device=source.device).expand(source.shape[0], -1)
+    # Not `searchsorted`, which ONNX does not have.
+    kept = positions.scatter(1, source, tokens).sort(dim=1).values[:, : tokens - source.shape[1]]
+    rows = positions.scatter(1, kept, positions[:, : kept.shape[1]])
+    return kept, rows.gather(1, destination)
+
+
+def _removable_with(blocked: Tensor, p: int, method: str) -> int:
     """Most tokens that every sample of the batch can lose under a protection mask."""
     if blocked.numel() == 0:
         return 0
     free = ~blocked
     free[:, :p] = False
-    by_share = free.sum(1) // 2
-    sources = torch.where(free[:, 1::2].any(1), free[:, ::2].sum(1), 0)
-    return int(torch.minimum(by_share, sources).min())
+    most = free.sum(1) // 2
+    if method != "energy":  # sources are even, destinations odd
+        most = torch.minimum(most, torch.where(free[:, 1::2].any(1), free[:, ::2].sum(1), 0))
+    return int(most.min())
 
 
-def _check(features: Tensor, r: int, p: int, protected: Tensor | None, order: str) -> None:
+def _problems(features: Tensor, r: int, p: int, protected: Tensor | None, order: str) -> list[str]:
     problems = []
     if features.ndim != 3:
         problems.append(f"features must be [B, N, D], got {list(features.shape)}")
@@ -167,5 +207,42 @@ def _check(features: Tensor, r: int, p: int, protected: Tensor | None, order: st
         problems.append(f"num_prefix_tokens must not be negative, got {p}")
     if order not in ORDERS:
         problems.append(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if problems:
-        raise ValueError("match_tokens: " + "; ".join(problems))
+    return problems
+
+
+def _method_problems(
+    features: Tensor,
+    method: str,
+    threshold: float | None,
+    margin: float,
+    protected: Tensor | None,
+    positions: Tensor | None,
+    grid_width: int | None,
+    window: int,
+) -> list[str]:
+    """What keeps ``method`` from running; what it does not read is not looked at."""
+    problems = []
+    if method not in METHODS:
+        problems.append(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if threshold is not None and not -1 <= threshold <= 1:
+        problems.append(f"threshold must be in [-1, 1], got {threshold}")
+    if threshold is not None and method == "prune":
+        problems.append("method 'prune' drops every source: give no threshold")
+    if method == "energy" and not math.isfinite(margin):
+        problems.append(f"margin must be a finite number, got {margin}")
+    if method != "local":
+        return problems
+    if protected is not None:
+        problems.append("method 'local' does not support protected: use 'bipartite' or 'energy'")
+    if grid_width is None or grid_width < 1:
+        problems.append(f"method 'local' needs grid_width, the patches in a row (at least 1), got {grid_width}")
+    if window < 1:
+        problems.append(f"window must be at least 1, got {window}")
+    if positions is not None and features.ndim == 3:
+        whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+        if not whole or list(positions.shape) not in ([features.shape[1]], list(features.shape[:2])):
+            problems.append(
+                f"positions must be whole numbers [N] or [B, N] = {list(features.shape[:2])}, "
+                f"got {positions.dtype} {list(positions.shape)}"
+            )
+    return problems

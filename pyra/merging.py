@@ -3,7 +3,7 @@
 A destination becomes the size-weighted mean of itself and its sources (ToMe, arXiv 2210.09461, section 3); with
 re-activation the sources are modulated first (PYRA, arXiv 2403.09192, equations 5-9). Weights are computed as shares
 of the merged size, in float32 at least: a token that takes part in nothing is passed on bit for bit, and sizes
-stay exact in half precision.
+stay exact in half precision. A token of size 0 is padding: it stands for nothing and changes nothing it merges into.
 
 Letters: ``B`` batch, ``N`` tokens, ``C`` channels, ``r`` tokens removed.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyra.matching import MergePlan
 from pyra.reactivation import reactivate
@@ -22,9 +23,13 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Merge the plan's sources into their destinations.
 
+    A source that the plan drops (weight 0) reaches nothing: neither value nor size of any token depends on it, be it
+    finite or not, and its gradient is 0. Its pair takes no part in re-activation.
+
     Args:
         x: [B, N, C] tokens.
-        size: [B, N, 1] number of patches or words each token stands for; None means ones.
+        size: [B, N, 1] number of patches or words each token stands for; None means ones. 0 marks padding, whose
+            values must be finite: merged into a token it leaves it as it is, merged with padding it stays padding.
         plan: from :func:`pyra.match_tokens` on the same tokens.
         reactivation: any module with the attributes ``pair_weight``, ``channel_weight`` and ``norm``
             (:class:`pyra.Reactivation`); None merges plainly.
@@ -33,7 +38,8 @@ def merge_tokens(
         ``merged`` [B, N - r, C] and its ``size`` [B, N - r, 1] (float32 or wider).
 
     Raises:
-        ValueError: where ``x`` or ``size`` does not have the plan's batch and token count.
+        ValueError: where ``x`` or ``size`` does not have the plan's batch and token count, or the plan's weight not
+            the shape of its sources.
     """
     _check(x, size, plan)
     if size is None:
@@ -51,16 +57,25 @@ def merge_tokens(
     )
     tokens, sizes = x.reshape(-1, channels), size.reshape(-1, 1)
     kept_size, source_size = sizes.index_select(0, kept), sizes.index_select(0, source)
-    merged_size = kept_size.index_add(0, target, source_size)
     moved = tokens.index_select(0, source)
+    if plan.weight is not None:
+        weight = plan.weight.reshape(-1, 1)
+        source_size = source_size * weight
+        # Times 0 would not do: a value that is no number stays one, and so does its gradient.
+        moved = torch.where(weight > 0, moved, 0)
+    merged_size = kept_size.index_add(0, target, source_size)
     if reactivation is not None:
         received = tokens.index_select(0, _flat(plan.destination, plan.num_tokens))
         received_size = kept_size.index_select(0, target)
         pairs = (moved * source_size + received * received_size).to(x.dtype)
         shape = (batch, plan.removed, channels)
-        moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation).reshape(-1, channels)
-    stay = (kept_size / merged_size).to(x.dtype)
-    share = (source_size / merged_size.index_select(0, target)).to(x.dtype)
+        moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation, plan.weight)
+        moved = moved.reshape(-1, channels)
+    # Padding in padding (0 / 0) keeps its destination, stay = 1; every other size is divided as it is.
+    padding = merged_size == 0
+    divisor = merged_size + padding
+    stay = ((kept_size + padding) / divisor).to(x.dtype)
+    share = (source_size / divisor.index_select(0, target)).to(x.dtype)
     merged = (tokens.index_select(0, kept) * stay).index_add(0, target, moved.to(x.dtype) * share)
     return merged.reshape(*plan.kept.shape, channels), merged_size.reshape(*plan.kept.shape, 1)
 
@@ -102,7 +117,8 @@ def spread(tokens: Tensor, source_map: Tensor) -> Tensor:
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` [B, N, C] at ``index`` [B, M] -> [B, M, C]."""
-    return x.reshape(-1, x.shape[2]).index_select(0, _flat(index, x.shape[1])).reshape(*index.shape, x.shape[2])
+    # An embedding look-up gives the rows of `index_select`, but as no view, which FSDP2 would warn of.
+    return F.embedding(_flat(index, x.shape[1]).reshape(index.shape), x.reshape(-1, x.shape[2]))
 
 
 def _flat(index: Tensor, rows: int) -> Tensor:
@@ -124,5 +140,7 @@ def _check(x: Tensor, size: Tensor | None, plan: MergePlan) -> None:
         problems.append(f"x must be of a floating-point type, got {x.dtype}")
     if size is not None and size.shape != (*expected, 1):
         problems.append(f"size must be [B, N, 1] = {[*expected, 1]}, got {list(size.shape)}")
+    if plan.weight is not None and plan.weight.shape != plan.source.shape:
+        problems.append(f"plan.weight must be [B, r] = {list(plan.source.shape)}, got {list(plan.weight.shape)}")
     if problems:
         raise ValueError("merge_tokens: " + "; ".join(problems))

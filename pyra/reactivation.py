@@ -65,18 +65,21 @@ class Reactivation(nn.Module):
         return f"max_pairs={self.pair_weight.shape[0]}, dim={self.channel_weight.shape[1]}"
 
 
-def reactivate(source: Tensor, pairs: Tensor, weights: nn.Module) -> Tensor:
+def reactivate(source: Tensor, pairs: Tensor, weights: nn.Module, counted: Tensor | None = None) -> Tensor:
     """Modulate source tokens (equations 5-8 of the paper).
 
     Args:
         source: [B, r, C] tokens to modulate; the modulation is linear in them, so means or sums both do.
         pairs: [B, r, C] ``M_s + M_t``, size-weighted sums of the matched pairs in rank order.
         weights: a module with ``pair_weight``, ``channel_weight`` and ``norm``.
+        counted: [B, r], 0 for pairs that take no part (dropped tokens), 1 for the others; None means all do.
 
     Returns:
         [B, r, C].
     """
     info = weights.norm(pairs)  # type: ignore[operator]
+    if counted is not None:
+        info = info * counted.to(info.dtype).unsqueeze(-1)
     pair_weight: Tensor = weights.pair_weight  # type: ignore[assignment]
     channel_weight: Tensor = weights.channel_weight  # type: ignore[assignment]
     rows = min(pair_weight.shape[0], pairs.shape[1])

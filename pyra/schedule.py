@@ -2,15 +2,19 @@
 
 A schedule is a list of ``r``, one entry a layer. Rate = 1 - MACs(compressed) / MACs(original).
 
-Shape: even steps lose least accuracy, large late ones most, so a target that equal steps can reach gets equal steps
-(the published "low" shape). Beyond that tokens would run out, and the steps bend to a share of the tokens still there,
-``r_l ~ N_l ** bend`` with the smallest bend that reaches the target (bend 1, a constant share, is the shape of the
-published "high" schedules).
+Shape of a solved schedule: even steps lose least accuracy, large late ones most, so a target that equal steps can
+reach gets equal steps (the published "low" shape). Beyond that tokens would run out, and the steps bend to a share of
+the tokens still there, ``r_l ~ N_l ** bend`` with the smallest bend that reaches the target (bend 1, a constant share,
+is the shape of the published "high" schedules). Past the last bend stands halving in every block, the most there is.
+
+The published schedules are those of three models; :func:`preset_for` stretches their shape to any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from numbers import Integral, Real
 
 from pyra.cost import Geometry, geometry_macs, token_counts
@@ -30,8 +34,18 @@ PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "deit_base_distilled_patch16_224": {"low": _DEIT_LOW, "high": _VIT_B_HIGH},
 }
 
-_STEPS = 40  # bisection steps: far below one token
+# Depth, tokens and prefix tokens of the models above: what a schedule depends on. ViT-Ti and ViT-S share ViT-B's.
+_PUBLISHED = {
+    (12, 197, 1): PRESETS["vit_base_patch16_224"],
+    (24, 197, 1): PRESETS["vit_large_patch16_224"],
+    (12, 198, 2): PRESETS["deit_base_distilled_patch16_224"],
+}
+_LEVELS = ("low", "high")
+_PUBLISHED_PATCHES = 196  # 224 px in patches of 16
+
+_STEPS = 50  # bisection steps: far below one token, and below what _STAGGER sets apart
 _MAX_BEND = 6.0
+_STAGGER = 1e-6
 
 
 def preset_schedule(backbone: str, level: str) -> list[int]:
@@ -57,6 +71,65 @@ def preset_schedule(backbone: str, level: str) -> list[int]:
     if level not in PRESETS[name]:
         raise ScheduleError(f"unknown level {level!r}; {name} has {', '.join(PRESETS[name])}")
     return list(PRESETS[name][level])
+
+
+def preset_for(geometry: Geometry, level: str) -> list[int]:
+    """Return the published schedule of a level, stretched to a model of any depth and number of tokens.
+
+    Where depth, tokens and prefix tokens are those of a published model, this is the published list itself.
+    Otherwise the share of the patch tokens (all but the prefix) that the published schedule leaves at each relative
+    depth, linear between its blocks, is kept: ViT-B's up to 18 blocks, ViT-L's from 19. The distilled DeiT's own "low"
+    schedule, a slower one, holds for its exact geometry only; other models with several prefix tokens get ViT-B's or
+    ViT-L's shape.
+
+    Steps never increase from block to block, so where they are around one token the early blocks take them. A block
+    removes at most half of its patch tokens, and what it cannot take goes to the blocks after it; what the last one
+    cannot take stays: a token at most, more only in models shallower than the published one, where taking it earlier
+    would bend the shape and overshoot the level's saving.
+
+    Args:
+        geometry: sizes of the backbone; only depth, tokens and prefix tokens matter.
+        level: ``"low"`` (about 2 x fewer MACs) or ``"high"`` (about 3.4 x). Inputs of more tokens save a little more;
+            fewer than six blocks cannot shed tokens that fast and save less.
+
+    Returns:
+        Tokens to remove in each block; it always fits the model, and is all zeros where nothing can merge.
+
+    Raises:
+        ScheduleError: for an unknown level.
+
+    Example:
+        >>> preset_for(Geometry(6, 65, 1, 384, 384, 2 * 384 * 1536, 64), "high")
+        [24, 18, 10, 6, 3, 1]
+    """
+    if level not in _LEVELS:
+        raise ScheduleError(
+            f"unknown level {level!r}{did_you_mean(str(level), _LEVELS)}; there are {', '.join(_LEVELS)}"
+        )
+    exact = _PUBLISHED.get((geometry.depth, geometry.tokens, geometry.prefix_tokens))
+    if exact is not None:
+        return list(exact[level])
+    nearest = min((12, 24), key=lambda depth: abs(depth - geometry.depth))
+    published = _PUBLISHED[nearest, 197, 1][level]
+    patches = max(geometry.tokens - geometry.prefix_tokens, 0)
+    left = [round(patches * _share_left(published, block / geometry.depth)) for block in range(geometry.depth + 1)]
+    # Rounding lets steps waver by one token; sorting undoes that, and keeps their sum.
+    wanted = sorted((before - after for before, after in pairwise(left)), reverse=True)
+    schedule, tokens, owed = [], geometry.tokens, 0
+    for removed in wanted:
+        owed += removed
+        schedule.append(min(owed, removable(tokens, geometry.prefix_tokens)))
+        owed -= schedule[-1]
+        tokens -= schedule[-1]
+    return schedule
+
+
+def _share_left(published: Sequence[int], depth: float) -> float:
+    """Share of the patch tokens that a published schedule leaves at a relative depth in [0, 1]."""
+    left = [_PUBLISHED_PATCHES - removed for removed in accumulate(published, initial=0)]
+    block = min(int(depth * len(published)), len(published) - 1)
+    within = depth * len(published) - block
+    return (left[block] + within * (left[block + 1] - left[block])) / _PUBLISHED_PATCHES
 
 
 def schedule_problems(schedule: Sequence[int], geometry: Geometry) -> list[str]:
@@ -95,11 +168,17 @@ def solve_schedule(geometry: Geometry, rate: float | None = None, macs: int | No
         macs: MACs to stay within.
 
     Returns:
-        Tokens to remove in each block; its MACs are at most the target.
+        Tokens to remove in each block. Its MACs are at most the target, and closer to it than the cost of one token in
+        one block (one more for each block that halves its patch tokens). No step is more than one token larger than
+        an earlier one.
 
     Raises:
         ScheduleError: unless exactly one target is given, or where merging cannot reach it (the message says how far
             it can go).
+
+    Example:
+        >>> solve_schedule(Geometry(6, 65, 1, 384, 384, 2 * 384 * 1536, 64), rate=0.4)
+        [8, 8, 9, 8, 8, 8]
     """
     if (rate is None) == (macs is None):
         raise ScheduleError("give exactly one of rate and macs")
@@ -116,34 +195,35 @@ def solve_schedule(geometry: Geometry, rate: float | None = None, macs: int | No
     if target >= plain:
         return [0] * geometry.depth
 
-    def cost(schedule: list[int]) -> int:
-        return geometry_macs(geometry, schedule)
-
-    smallest = _schedule(geometry, _MAX_BEND, 1.0)
-    if cost(smallest) > target:
-        most = 1 - cost(smallest) / plain
+    smallest = geometry_macs(geometry, _schedule(geometry, 3.0))
+    if smallest > target:
+        most = math.floor(1000 * (1 - smallest / plain)) / 1000  # rounded down: the rate it names can be had
+        why = ""
+        if not removable(geometry.tokens, geometry.prefix_tokens):
+            why = f" (nothing can merge: {geometry.tokens} tokens, {geometry.prefix_tokens} of them prefix tokens)"
         raise ScheduleError(
-            f"merging can save at most {most:.3f} of this model's MACs, asked for {1 - target / plain:.3f}"
+            f"merging can save at most {most:.3f} of this model's MACs{why}, asked for {1 - target / plain:.3f}"
         )
-    if cost(_schedule(geometry, 0.0, 1.0)) <= target:
-        return _bisect(lambda t: _schedule(geometry, 0.0, t), cost, target, 0.0, 1.0)
-    return _bisect(lambda bend: _schedule(geometry, bend, 1.0), cost, target, 0.0, _MAX_BEND)
-
-
-def _bisect(
-    make: Callable[[float], list[int]], cost: Callable[[list[int]], int], target: float, low: float, high: float
-) -> list[int]:
-    """Smallest parameter in [low, high] whose schedule stays within the target."""
+    low, high = 0.0, 3.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (low, middle) if cost(make(middle)) <= target else (middle, high)
-    return make(high)
+        enough = geometry_macs(geometry, _schedule(geometry, middle)) <= target
+        low, high = (low, middle) if enough else (middle, high)
+    return _schedule(geometry, high)
 
 
-def _schedule(geometry: Geometry, bend: float, strength: float) -> list[int]:
-    """Whole-token schedule of one shape; strength 1 leaves about two tokens beside the prefix at the end."""
+def _schedule(geometry: Geometry, pressure: float) -> list[int]:
+    """Whole-token schedule of a pressure in [0, 3]; more pressure leaves no block more tokens.
+
+    0 to 1: equal steps, from none to those that leave two patch tokens at the end. 1 to 2: the steps bend. 2 to 3: the
+    last two patch tokens go as well, up to halving in every block.
+    """
     free = geometry.tokens - geometry.prefix_tokens
-    floor = min(free, 2)
+    if not removable(geometry.tokens, geometry.prefix_tokens):
+        return [0] * geometry.depth
+    strength = min(pressure, 1.0)
+    bend = _MAX_BEND * min(max(pressure - 1, 0.0), 1.0)
+    floor = 2 * min(3 - pressure, 1.0)
     # The scale for which the continuous trajectory N' = -scale * N ** bend ends at the floor, by bisection.
     low, high = 0.0, float(free)
     for _ in range(_STEPS):
@@ -151,9 +231,11 @@ def _schedule(geometry: Geometry, bend: float, strength: float) -> list[int]:
         low, high = (middle, high) if _end(free, geometry.depth, bend, middle) > floor else (low, middle)
     scale = low * strength
     schedule, exact, tokens = [], float(free), geometry.tokens
-    for _ in range(geometry.depth):
-        exact = max(exact - scale * (exact / free) ** bend, float(floor))
-        removed = tokens - geometry.prefix_tokens - round(exact)
+    for block in range(1, geometry.depth + 1):
+        exact = max(exact - scale * (exact / free) ** bend, floor)
+        # Equal steps of, say, 5.5 tokens bring every other block to a half at once. Without the stagger all of them
+        # would change their rounding together, and no schedule would lie between.
+        removed = tokens - geometry.prefix_tokens - round(exact - _STAGGER * block**2)
         removed = max(0, min(removed, removable(tokens, geometry.prefix_tokens)))
         schedule.append(removed)
         tokens -= removed
@@ -172,6 +254,7 @@ def _end(free: int, depth: int, bend: float, scale: float) -> float:
 __all__ = [
     "PRESETS",
     "check_schedule",
+    "preset_for",
     "preset_schedule",
     "schedule_problems",
     "solve_schedule",

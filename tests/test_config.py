@@ -16,6 +16,9 @@ CONFIGS = [
     PyraConfig(schedule=[0]),
     PyraConfig(rate=0.7, reactivation=False, proportional_attention=False, order="sequence"),
     PyraConfig(rate=0),
+    PyraConfig(rate=0.5, matching="energy", threshold=-0.25),
+    PyraConfig(rate=0.5, matching="local", threshold=1, window=3),
+    PyraConfig(rate=0.5, matching="prune", reactivation=False),
 ]
 
 
@@ -37,7 +40,19 @@ CONFIGS = [
         ({"rate": False}, "rate must .* got False"),
         ({"rate": 0.5, "reactivation": 1}, "reactivation must be true or false, got 1"),
         ({"rate": 0.5, "proportional_attention": "yes"}, "proportional_attention must be true or false, got 'yes'"),
-        ({"rate": 0.5, "matching": "bipartit"}, r"matching must be one of bipartite, got 'bipartit' \(did you mean"),
+        (
+            {"rate": 0.5, "matching": "bipartit"},
+            r"matching must be one of bipartite, energy, local, prune, got 'bipartit' \(did you mean 'bipartite'",
+        ),
+        ({"rate": 0.5, "threshold": 1.01}, r"threshold must be a number in \[-1, 1\], got 1\.01"),
+        ({"rate": 0.5, "threshold": float("nan")}, "threshold must .* got nan"),
+        ({"rate": 0.5, "threshold": True}, "threshold must .* got True"),
+        ({"rate": 0.5, "threshold": "0.5"}, "threshold must .* got '0.5'"),
+        ({"rate": 0.5, "window": 0}, "window must be a whole number of at least 1, got 0"),
+        ({"rate": 0.5, "window": 1.0}, r"window must .* got 1\.0"),
+        ({"rate": 0.5, "window": True}, "window must .* got True"),
+        ({"rate": 0.5, "matching": "prune"}, "nothing that could be re-activated: give reactivation=False"),
+        ({"rate": 0.5, "matching": "prune", "reactivation": False, "threshold": 0.5}, "pruning .* give no threshold"),
         ({"rate": 0.5, "order": "groupd"}, r"order must be one of grouped, sequence, got 'groupd' \(did you"),
     ],
 )
@@ -48,9 +63,10 @@ def test_problems(values: dict[str, object], message: str) -> None:
 
 def test_all_problems_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        PyraConfig(schedule=[-1, 2, -3], rate=2, reactivation=None, matching="x", order="y")
+        PyraConfig(schedule=[-1, 2, -3], rate=2, reactivation=None, matching="x", order="y", threshold=2, window=0)
     text = str(caught.value)
-    for part in ("exactly one", "entry 0", "entry 2", "rate must", "reactivation must", "matching must", "order must"):
+    names = ("rate", "reactivation", "matching", "order", "threshold", "window")
+    for part in ("exactly one", "entry 0", "entry 2", *(f"{name} must" for name in names)):
         assert part in text
     assert "entry 1" not in text and "proportional_attention" not in text
 
@@ -74,6 +90,12 @@ def test_values_are_not_shared() -> None:
     assert config.schedule == [1, 2]
     PyraConfig.from_dict(values)
     assert values["version"] == 1  # the argument was not changed
+
+
+def test_files_from_before_threshold_and_window() -> None:
+    old = {"version": 1, "schedule": [1], "rate": None, "reactivation": True, "proportional_attention": True}
+    config = PyraConfig.from_dict({**old, "matching": "bipartite", "order": "grouped"})
+    assert config == PyraConfig(schedule=[1]) and (config.threshold, config.window) == (None, 1)
 
 
 def test_a_tuple_is_a_schedule() -> None:

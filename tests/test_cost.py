@@ -146,8 +146,13 @@ def test_schedule_for_other_inputs_and_models() -> None:
     large = schedule_for(model, rate=0.4, input_size=64)
     assert macs(model, large, input_size=64) <= 0.6 * macs(model, input_size=64)
     assert sum(large) > sum(schedule_for(model, rate=0.4))
-    with pytest.raises(ScheduleError, match="no published schedule for 'vit_tiny_patch16_224'"):
-        schedule_for(model, preset="low")
+    for level, share in (("low", 0.5), ("high", 0.7)):  # the published shape, carried over to 4 blocks, 65 tokens
+        carried = schedule_for(model, preset=level)
+        assert carried == sorted(carried, reverse=True)
+        assert share - 0.2 < 1 - macs(model, carried) / macs(model) < share + 0.02
+        assert sum(schedule_for(model, preset=level, input_size=64)) > 3 * sum(carried)
+    with pytest.raises(ScheduleError, match="unknown level 'hihg'"):
+        schedule_for(model, preset="hihg")
     with pytest.raises(UnsupportedModelError):
         schedule_for(nn.Linear(2, 2), rate=0.5)
 

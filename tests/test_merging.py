@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -142,13 +143,105 @@ def test_reactivation_starts_as_the_identity(case: Case, pairs: int) -> None:
 
 
 @bounded
+@given(cases(), st.integers(0, 2**31), st.booleans())
+def test_weights_and_padding_by_hand(case: Case, seed: int, drop: bool) -> None:
+    """A destination is the mean by what it receives; what stands for nothing leaves the mean as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = case.plan.source.shape
+    weight = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.6) if drop else None
+    sizes = case.sizes() * (torch.rand(*case.x.shape[:2], 1, generator=generator) < 0.5)
+    merged, size = merge_tokens(case.x, sizes.float(), replace(case.plan, weight=weight))
+    assert bool(merged.isfinite().all())
+    shares = torch.ones(shape) if weight is None else weight
+    x, eps = case.x.double(), torch.finfo(case.x.dtype).eps
+    for sample, kept in enumerate(case.plan.kept.tolist()):
+        pairs = list(zip(case.plan.source[sample], case.plan.destination[sample], shares[sample], strict=True))
+        for row, position in enumerate(kept):
+            members = [(position, 1.0), *((int(a), float(w)) for a, b, w in pairs if b == position)]
+            amounts = torch.tensor([float(sizes[sample, member]) * w for member, w in members]).double()
+            values = x[sample, [member for member, _ in members]]
+            torch.testing.assert_close(size[sample, row, 0].double(), amounts.sum(), rtol=1e-5, atol=0)
+            real = [i for i, amount in enumerate(amounts.tolist()) if amount > 0]
+            if not real:
+                assert torch.equal(merged[sample, row], case.x[sample, position]) and size[sample, row] == 0
+            elif len(real) == 1:
+                assert torch.equal(merged[sample, row].double(), values[real[0]])
+            mean = (values * amounts[:, None]).sum(0) / amounts.sum() if real else values[0]
+            bound = 2 * len(members) * eps * values.abs().sum(0)
+            assert bool(((merged[sample, row].double() - mean).abs() <= bound).all())
+
+
+@bounded
+@given(cases(), st.integers(0, 2**31), st.booleans(), st.sampled_from([1e3, math.nan, math.inf]))
+def test_dropped_tokens_reach_nothing(case: Case, seed: int, reactivate: bool, value: float) -> None:
+    dropped = torch.rand(case.plan.source.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    plan = replace(case.plan, weight=(~dropped).float())
+    weights = random_reactivation(3).to(case.x.dtype) if reactivate else None
+    merged, size = merge_tokens(case.x, case.size, plan, weights)
+    gone = torch.zeros(case.x.shape[:2], dtype=torch.bool).scatter(1, plan.source, dropped)
+    x = case.x.masked_fill(gone[:, :, None], value).requires_grad_()
+    again, again_size = merge_tokens(x, case.size, plan, weights)
+    assert torch.equal(merged, again) and torch.equal(size, again_size)
+    assert torch.equal(size.double().sum(1), (case.sizes() * ~gone[:, :, None]).sum(1))
+    again.float().square().sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all()) and not x.grad[gone].any()
+    receives = torch.zeros(merged.shape[:2], dtype=torch.int64).scatter_add(1, plan.target, (~dropped).long()) > 0
+    same = ~receives
+    assert torch.equal(merged[same], case.x.gather(1, index_of(plan.kept))[same])
+    assert torch.equal(size[same].double(), case.sizes().gather(1, plan.kept[:, :, None])[same])
+
+
+@bounded
+@given(cases(), st.booleans())
+def test_weights_of_one_change_nothing(case: Case, reactivate: bool) -> None:
+    weights = random_reactivation(3).to(case.x.dtype) if reactivate else None
+    plain = merge_tokens(case.x, case.size, case.plan, weights)
+    weighted = merge_tokens(case.x, case.size, replace(case.plan, weight=torch.ones(case.plan.source.shape)), weights)
+    assert torch.equal(plain[0], weighted[0]) and torch.equal(plain[1], weighted[1])
+
+
+def index_of(positions: Tensor) -> Tensor:
+    """Return [B, M, C] for ``gather`` of whole tokens."""
+    return positions.unsqueeze(2).expand(-1, -1, CHANNELS)
+
+
+def test_pruning_leaves_the_rest_as_it_was() -> None:
+    x = torch.randn(2, 17, CHANNELS)
+    plan = match_tokens(x, 6, method="prune")
+    merged, size = merge_tokens(x, None, plan)
+    assert torch.equal(merged, x.gather(1, index_of(plan.kept))) and torch.equal(size, torch.ones(2, 11, 1))
+    averaged = match_tokens(x, 6)
+    assert not torch.equal(merge_tokens(x, None, averaged)[0], merged)
+    assert torch.equal(unmerge_tokens(merged, plan)[0, plan.source[0]], merged[0, plan.target[0]])
+
+
+@pytest.mark.parametrize("reactivate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding(dtype: torch.dtype, reactivate: bool) -> None:
+    """In order: a real token into padding, padding into a real token, padding into padding, real into real."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, CHANNELS).to(dtype).requires_grad_()
+    size = torch.tensor([2.0, 0, 0, 3, 0, 0, 1, 1]).view(1, 8, 1).requires_grad_()
+    rows = torch.arange(4)[None]
+    plan = MergePlan(2 * rows, 2 * rows + 1, 2 * rows + 1, rows)
+    weights = random_reactivation(4).to(dtype) if reactivate else None
+    merged, merged_size = merge_tokens(x, size, plan, weights)
+    assert merged_size.flatten().tolist() == [2, 3, 0, 2]
+    assert torch.equal(merged[0, 1], x[0, 3]) and torch.equal(merged[0, 2], x[0, 5])
+    if not reactivate:
+        assert torch.equal(merged[0, 0], x[0, 0])
+    gradients = torch.autograd.grad(merged.float().square().sum() + merged_size.square().sum(), (x, size))
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert not gradients[0][0, [2, 4]].any() and bool(gradients[0][0, [0, 3, 5, 6, 7]].all())
+
+
+@bounded
 @given(cases())
 def test_unmerge_returns_every_token_to_its_place(case: Case) -> None:
     merged, _ = merge_tokens(case.x, case.size, case.plan)
     back = unmerge_tokens(merged, case.plan)
     assert back.shape == case.x.shape
-    index = case.plan.kept.unsqueeze(2).expand(-1, -1, CHANNELS)
-    assert torch.equal(back.gather(1, index), merged)
+    assert torch.equal(back.gather(1, index_of(case.plan.kept)), merged)
     for sample in range(len(back)):
         assert torch.equal(back[sample, case.plan.source[sample]], back[sample, case.plan.destination[sample]])
 
@@ -192,6 +285,14 @@ def test_gradients(sized: bool) -> None:
     plan = match_tokens(torch.randn(2, 7, 4), 3)
     assert plan.removed == 3
     assert torch.autograd.gradcheck(lambda x, size: merge_tokens(x, size, plan), (x, size))
+
+
+def test_gradients_with_weights_and_padding() -> None:
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    size = torch.tensor([1.0, 0, 2, 0, 0, 3, 0]).double().view(1, 7, 1).expand(2, -1, -1)
+    plan = match_tokens(torch.randn(2, 7, 4), 3)
+    plan = replace(plan, weight=torch.tensor([[0.0, 1, 0.25], [1, 0.5, 0]]))
+    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, size, plan), (x,))
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5])
@@ -260,6 +361,12 @@ def test_merge_errors(x: tuple[int, ...], size: tuple[int, ...] | None, message:
     plan = match_tokens(torch.randn(2, 9, 4), 2)
     with pytest.raises(ValueError, match=f"merge_tokens: {message}"):
         merge_tokens(torch.zeros(x), None if size is None else torch.ones(size), plan)
+
+
+def test_weights_must_fit() -> None:
+    plan = replace(match_tokens(torch.randn(2, 9, 4), 2), weight=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"plan\.weight must be \[B, r\] = \[2, 2\], got \[2, 3\]"):
+        merge_tokens(torch.zeros(2, 9, 3), None, plan)
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (2, 9, 3), (1, 7, 3)])

@@ -1,8 +1,8 @@
 """Backbones: one file a family, and the verbs that know none of them.
 
-A family file gives ``obstacle`` (why a model cannot be merged), ``geometry``, ``grid``, ``layers``, ``MERGING`` (the
-layer that merges), ``prepare`` and ``restore`` (what else changes in a wrapped model) and ``features``. It is imported
-only when one of its models turns up. What all families share is in :mod:`pyra.backbones.layers`.
+A family file gives ``obstacle`` (why a model cannot be merged), ``geometry``, ``patch_grid``, ``layers``, ``MERGING``
+(the layer that merges), ``prepare`` and ``restore`` (what else changes in a wrapped model) and ``features``. It is
+imported only when one of its models turns up. What all families share is in :mod:`pyra.backbones.layers`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyra.backbones.layers import Step, replace_layers, restore_layers
 from pyra.config import PyraConfig
 from pyra.cost import Geometry, geometry_macs
 from pyra.errors import ConfigError, ScheduleError, UnsupportedModelError
-from pyra.schedule import check_schedule, preset_schedule, solve_schedule
+from pyra.schedule import check_schedule, preset_for, solve_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 InputSize = int | tuple[int, int]
@@ -61,9 +61,14 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     check_schedule(schedule, sizes)
     if wrapped_config(model) == config and wrapped_schedule(model) == schedule:
         return model
+    grid = family.patch_grid(core)
+    if config.matching == "local" and grid is None:
+        raise UnsupportedModelError(
+            f"{type(core).__name__} has its patches in no fixed order: matching='local' needs a grid; use another"
+        )
     unwrap(model)
     if any(schedule):
-        replace_layers(family.layers(core), _steps(sizes, schedule, config, family.grid(core, None)), family.MERGING)
+        replace_layers(family.layers(core), _steps(sizes, schedule, config, grid), family.MERGING)
         family.prepare(core)
     core.pyra_config = config  # type: ignore[assignment]
     core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
@@ -84,7 +89,7 @@ def unwrap(model: Model) -> Model:
     return model
 
 
-def _steps(sizes: Geometry, schedule: list[int], config: PyraConfig, grid: tuple[int, int]) -> list[Step]:
+def _steps(sizes: Geometry, schedule: list[int], config: PyraConfig, grid: tuple[int, int] | None) -> list[Step]:
     return [
         Step(layer, sizes.depth, removed, sizes.prefix_tokens, sizes.dim, config, grid)
         for layer, removed in enumerate(schedule)
@@ -154,7 +159,8 @@ def schedule_for(
         model: a supported backbone, wrapped or not.
         rate: share of the MACs to save, in [0, 1).
         macs: MACs to stay within.
-        preset: ``"low"`` or ``"high"``, the published schedule of this model.
+        preset: ``"low"`` or ``"high"``, the published schedule of this model, or its shape carried over to the
+            depth and token count of another.
         input_size: image side or (height, width) in pixels; None means the model's own.
 
     Returns:
@@ -168,10 +174,7 @@ def schedule_for(
     sizes = geometry(model, input_size)
     if preset is None:
         return solve_schedule(sizes, rate=rate, macs=macs)
-    architecture = getattr(_core(model), "pretrained_cfg", {}).get("architecture", type(model).__name__)
-    schedule = preset_schedule(architecture, preset)
-    check_schedule(schedule, sizes)
-    return schedule
+    return preset_for(sizes, preset)
 
 
 def locate(model: nn.Module) -> tuple[ModuleType, nn.Module]:

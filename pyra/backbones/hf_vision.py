@@ -169,7 +169,7 @@ def features(model: nn.Module, images: Tensor, **inputs: Any) -> Tensor:
 
 def geometry(model: nn.Module, input_size: tuple[int, int] | None) -> Geometry:
     """Sizes of the encoder at ``input_size`` pixels (None: its own)."""
-    rows, columns = grid(model, input_size)
+    rows, columns = _grid(model, input_size)
     patches = rows * columns
     layer = layers(model)[0]
     layout = _layout(layer)
@@ -193,8 +193,13 @@ def geometry(model: nn.Module, input_size: tuple[int, int] | None) -> Geometry:
     )
 
 
-def grid(model: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of patches at ``input_size`` pixels (None: the model's own)."""
+def patch_grid(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of the model's patches; None where they come in another order (ViT-MAE) or shape (SigLIP 2)."""
+    config: Any = model.config
+    return None if hasattr(config, "mask_ratio") or hasattr(config, "num_patches") else _grid(model, None)
+
+
+def _grid(model: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, int]:
     config: Any = model.config
     height, width = _pair(config.patch_size)
     if input_size is not None:

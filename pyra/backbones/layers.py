@@ -12,6 +12,7 @@ Letters: ``B`` batch, ``N`` tokens now, ``N0`` tokens at the first layer, ``C`` 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Step:
         prefix: leading tokens that never merge.
         dim: channels ``C``.
         config: how tokens are matched and merged.
-        grid: rows and columns of patches the schedule was made for.
+        grid: rows and columns of patches the schedule was made for; None where patches come in no fixed order.
     """
 
     layer: int
@@ -77,12 +78,31 @@ class Step:
     prefix: int
     dim: int
     config: PyraConfig
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
     @property
     def last(self) -> bool:
         """Whether the tokens are spread out after this layer."""
         return self.layer == self.depth - 1
+
+    def grid_width(self, tokens: int) -> int | None:
+        """Return the patches in a row of an input of ``tokens`` tokens, where the matching asks for it.
+
+        Raises:
+            ScheduleError: for an input of another size that is not square either: its shape is not known here.
+        """
+        if self.config.matching != "local":
+            return None
+        assert self.grid is not None
+        patches, side = tokens - self.prefix, math.isqrt(tokens - self.prefix)
+        if patches == math.prod(self.grid):
+            return self.grid[1]
+        if patches != side * side:
+            raise ScheduleError(
+                f"local matching needs the patch grid: this input has {patches} patches, neither "
+                f"{self.grid[0]} x {self.grid[1]} as the wrapped model nor a square; wrap a model of that image size"
+            )
+        return side
 
 
 class MergingLayer(nn.Module):
@@ -115,7 +135,18 @@ class MergingLayer(nn.Module):
                 f"layer {step.layer} removes {step.removed} of the {count} tokens of this input: at most {most} can "
                 "go; wrap the model with a schedule for this input size"
             )
-        plan = match_tokens(keys, step.removed, num_prefix_tokens=step.prefix, order=step.config.order)
+        plan = match_tokens(
+            keys,
+            step.removed,
+            num_prefix_tokens=step.prefix,
+            order=step.config.order,
+            method=step.config.matching,
+            threshold=step.config.threshold,
+            margin=0.9 - 0.9 * step.layer / step.depth,  # as in PiToMe: later layers count more tokens as alike
+            positions=stream.positions,
+            grid_width=step.grid_width(count if stream.source_map is None else stream.source_map.shape[1]),
+            window=step.config.window,
+        )
         size = None if stream.size is None else stream.size.to(torch.promote_types(keys.dtype, torch.float32))
         tokens, size = merge_tokens(stream.tokens, size, plan, getattr(self, "reactivation", None))
         return TokenStream(

@@ -20,7 +20,7 @@ layers = timm_vit.layers
 prepare = timm_vit.prepare
 restore = timm_vit.restore
 features = timm_vit.features
-grid = timm_vit.grid
+patch_grid = timm_vit.patch_grid
 
 
 class MergingEvaBlock(MergingLayer):

@@ -130,7 +130,7 @@ def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 def geometry(model: VisionTransformer, input_size: tuple[int, int] | None) -> Geometry:
     """Sizes of the model at ``input_size`` pixels (None: its own)."""
-    rows, columns = grid(model, input_size)
+    rows, columns = patch_grid(model, input_size)
     block, patches = model.blocks[0], rows * columns
     return Geometry(
         depth=len(model.blocks),
@@ -146,7 +146,7 @@ def geometry(model: VisionTransformer, input_size: tuple[int, int] | None) -> Ge
     )
 
 
-def grid(model: VisionTransformer, input_size: tuple[int, int] | None) -> tuple[int, int]:
+def patch_grid(model: VisionTransformer, input_size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Rows and columns of patches at ``input_size`` pixels (None: the model's own)."""
     patch = model.patch_embed
     if input_size is None:
