@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,24 +12,25 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pyra.backbones import unwrap, wrap, wrapped_config
+from pyra.backbones import locate, unwrap, wrap, wrapped_config
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError
 
 REACTIVATION = "reactivation"
 # Modules that PEFT methods attach to when the configuration names none: the paper adapts the fused qkv.
-DEFAULT_TARGETS = ["qkv"]
+_QUERIES_KEYS_VALUES = ("qkv", "q_proj", "k_proj", "v_proj")
 
 
 def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | None = None) -> nn.Module:
     """Make a backbone merge tokens and attach a PEFT method; everything else is frozen.
 
     Args:
-        model: a supported backbone with its new task head (changed in place).
+        model: a supported backbone with its new task head (changed in place), or a ``PeftModel`` around one that is
+            to merge from now on (``peft`` is then None).
         pyra: what to merge; None leaves the tokens alone.
-        peft: any PEFT configuration; without ``target_modules`` it adapts the fused ``qkv``. The task head and the
-            re-activation weights are trained and saved with it. None trains those alone (with ``pyra`` None as well:
-            a linear probe).
+        peft: any PEFT configuration; without ``target_modules`` it adapts the projections to queries, keys and values
+            of the image encoder. The task head and the re-activation weights are trained and saved with it. None
+            trains those alone (with ``pyra`` None as well: a linear probe).
 
     Returns:
         A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.
@@ -42,7 +44,13 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
         >>> model = adapt(model, pyra=PyraConfig(rate=0.5), peft=LoraConfig(r=8))  # doctest: +SKIP
     """
     if isinstance(model, PeftModel):
-        raise ConfigError("this model already carries an adapter: give adapt() the backbone, or fold_adapter it first")
+        if pyra is None or peft is not None:
+            raise ConfigError(
+                "this model already carries an adapter: give adapt() the backbone, fold_adapter it first, or give "
+                "adapt() what it shall merge and no further PEFT method"
+            )
+        carry_reactivation(wrap(model, pyra))
+        return model
     with undone_on_error(model):
         return _adapt(wrap(model, pyra) if pyra is not None else model, peft)
 
@@ -73,14 +81,14 @@ def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
                 module.requires_grad_(True)
         return model
     config = copy.deepcopy(peft)
-    if getattr(config, "target_modules", DEFAULT_TARGETS) is None:
-        config.target_modules = list(DEFAULT_TARGETS)
+    if getattr(config, "target_modules", "none to ask for") is None:
+        config.target_modules = default_targets(model)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
     asked = set(getattr(config, "modules_to_save", None) or ())
     _refuse_inner_modules(model, asked)
     config.modules_to_save = sorted(asked | saved)
-    if REACTIVATION in saved and getattr(config, "exclude_modules", "") is None:
-        config.exclude_modules = rf"(.*\.)?{REACTIVATION}(\..*)?"  # trained whole, never through a PEFT layer
+    if REACTIVATION in saved:
+        _exclude_reactivation(config)
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, StopIteration) as error:
@@ -92,6 +100,38 @@ def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = backbone_name(model)
     return adapted
+
+
+def carry_reactivation(model: PeftModel) -> None:
+    """Have PEFT train, save and switch re-activation modules that came after it, with the adapter that is active."""
+    name = model.active_adapter
+    config = model.peft_config[name]
+    for parent in list(model.modules()):
+        module = parent._modules.get(REACTIVATION)
+        if module is not None and not isinstance(module, ModulesToSaveWrapper):
+            wrapper = ModulesToSaveWrapper(module, name)
+            wrapper.set_adapter(name)
+            setattr(parent, REACTIVATION, wrapper)
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), REACTIVATION})
+            _exclude_reactivation(config)
+
+
+def _exclude_reactivation(config: PeftConfig) -> None:
+    """Re-activation is trained whole, never through a PEFT layer."""
+    if getattr(config, "exclude_modules", "") is None:
+        config.exclude_modules = rf"(.*\.)?{REACTIVATION}(\..*)?"
+
+
+def default_targets(model: nn.Module) -> list[str] | str:
+    """Name the projections to queries, keys and values as PEFT's ``target_modules``: of the image encoder alone."""
+    _, core = locate(model)
+    inside = {id(module) for module in core.modules()}
+    found = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _QUERIES_KEYS_VALUES]
+    names = sorted({name.rpartition(".")[2] for name, module in found if id(module) in inside})
+    if all(id(module) in inside for _, module in found):
+        return names
+    path = next(name for name, module in model.named_modules() if module is core)
+    return rf"{re.escape(path)}\..*\.({'|'.join(names)})"
 
 
 def _refuse_inner_modules(model: nn.Module, asked: set[str]) -> None:
@@ -124,13 +164,13 @@ def fold_adapter(model: nn.Module) -> nn.Module:
 
 def trained_modules(model: nn.Module) -> list[str]:
     """Name the modules that train beside a PEFT method: the task head(s) and the re-activation modules."""
-    plain: Any = model
-    heads = plain.get_classifier() if hasattr(plain, "get_classifier") else ()
-    heads = [
-        head
-        for head in (heads if isinstance(heads, (tuple, list)) else [heads])
-        if any(True for _ in head.parameters())
-    ]
+    plain: Any = getattr(model, "timm_model", model)  # transformers' wrapper of timm models
+    if hasattr(plain, "get_classifier"):
+        heads = plain.get_classifier()
+        heads = list(heads) if isinstance(heads, (tuple, list)) else [heads]
+    else:  # transformers: `classifier`, and DeiT's `cls_classifier` and `distillation_classifier`
+        heads = [head for name, head in plain.named_children() if name.endswith("classifier")]
+    heads = [head for head in heads if any(True for _ in head.parameters())]
     return [
         name
         for name, module in model.named_modules()

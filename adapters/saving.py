@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.adapters.adapt import REACTIVATION, trained_modules, undone_on_error
+from pyra.adapters.adapt import REACTIVATION, carry_reactivation, trained_modules, undone_on_error
 from pyra.backbones import wrap, wrapped_config, wrapped_schedule
 from pyra.checkpoints import value_problems
 from pyra.config import PyraConfig
@@ -49,6 +49,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         written = Path(staging)
         if isinstance(model, PeftModel):
             name = _only_adapter(model)
+            carry_reactivation(model)  # where tokens came to merge after the PEFT method was attached
             _check_nothing_is_lost(model, name)
             model.save_pretrained(staging, save_embedding_layers=False)
             written = written if name == "default" else written / name
@@ -147,14 +148,13 @@ def _read_pyra_config(path: Path) -> PyraConfig:
 
 def _take_stored_lengths(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Give each re-activation module as many rows as were stored for its block."""
-    stored = {key.split("blocks.")[-1]: tensor for key, tensor in weights.items() if "pair_weight" in key}
+    stored = {f".{key}": tensor for key, tensor in weights.items() if key.endswith(".pair_weight")}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == REACTIVATION:
-            block = name.split("blocks.")[-1].removesuffix(f".{REACTIVATION}")
+            own: Tensor = module.pair_weight
             for key, tensor in stored.items():
-                own: Tensor = module.pair_weight
                 fits = tensor.ndim == 2 and len(tensor) and tensor.shape[1:] == own.shape[1:]
-                if key.startswith(f"{block}.{REACTIVATION}.") and fits:  # what does not fit is told with the rest
+                if key.endswith(f".{name}.pair_weight") and fits:  # what does not fit is told with the rest
                     module.pair_weight = nn.Parameter(torch.zeros_like(tensor, dtype=own.dtype, device=own.device))
 
 

@@ -12,8 +12,9 @@ Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``r`` tokens removed
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def match_tokens(
         raise ValueError("match_tokens: " + "; ".join(problems))
     batch, tokens, _ = features.shape
     p = min(num_prefix_tokens, tokens)
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(features.device.type):
         r = min(int(r), removable(tokens, p))
         blocked = None
         if protected is not None:
@@ -158,6 +159,12 @@ def match_tokens(
         elif threshold is not None:  # a similarity that is no number is under every threshold
             weight = (pairs.similarity >= threshold).to(torch.float32)
         return MergePlan(pairs.source, pairs.destination, kept, target, weight)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Keep autocast from rounding similarities: in bfloat16 nearly equal pairs would tie."""
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if lowered else nullcontext()
 
 
 def _grouped(destination: Tensor, even: Tensor, tokens: int, p: int) -> tuple[Tensor, Tensor]:

@@ -230,3 +230,12 @@ def test_plan_is_a_pytree() -> None:
 def test_errors(features: Tensor, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"match_tokens: {message}"):
         match_tokens(features, **arguments)
+
+
+def test_autocast_does_not_round_similarities() -> None:
+    """In bfloat16 nearly equal pairs tie, and the plan would depend on it."""
+    features = torch.randn(4, 65, 16, generator=torch.Generator().manual_seed(0)) * 0.05 + 1
+    expected = match_tokens(features, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = match_tokens(features, 20)
+    assert torch.equal(found.source, expected.source) and torch.equal(found.destination, expected.destination)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from pyra.attention import size_bias
 from pyra.config import PyraConfig
 from pyra.errors import ScheduleError
-from pyra.matching import match_tokens, removable
-from pyra.merging import compose_source_maps, merge_tokens, spread
+from pyra.matching import removable
+from pyra.merging import spread
 from pyra.reactivation import Reactivation
+from pyra.step import merge_step
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Step:
         layer: index of the layer, from 0.
         depth: number of layers.
         removed: tokens it merges away.
+        before: tokens that the layers before it merge away.
         prefix: leading tokens that never merge.
         dim: channels ``C``.
         config: how tokens are matched and merged.
@@ -75,6 +77,7 @@ class Step:
     layer: int
     depth: int
     removed: int
+    before: int
     prefix: int
     dim: int
     config: PyraConfig
@@ -126,34 +129,37 @@ class MergingLayer(nn.Module):
         Raises:
             ScheduleError: where the input is too small for the schedule.
         """
-        step, count = self.step, stream.tokens.shape[1]
+        step = self.step
         if not step.removed:
             return stream
+        # Not `tokens.shape`: a compiler may not know the length of what merged.
+        entered = stream.tokens.shape[1] if stream.source_map is None else stream.source_map.shape[1]
+        count = entered - step.before
         most = removable(count, step.prefix)
         if step.removed > most:
             raise ScheduleError(
                 f"layer {step.layer} removes {step.removed} of the {count} tokens of this input: at most {most} can "
                 "go; wrap the model with a schedule for this input size"
             )
-        plan = match_tokens(
-            keys,
-            step.removed,
-            num_prefix_tokens=step.prefix,
-            order=step.config.order,
-            method=step.config.matching,
-            threshold=step.config.threshold,
-            margin=0.9 - 0.9 * step.layer / step.depth,  # as in PiToMe: later layers count more tokens as alike
-            positions=stream.positions,
-            grid_width=step.grid_width(count if stream.source_map is None else stream.source_map.shape[1]),
-            window=step.config.window,
-        )
-        size = None if stream.size is None else stream.size.to(torch.promote_types(keys.dtype, torch.float32))
-        tokens, size = merge_tokens(stream.tokens, size, plan, getattr(self, "reactivation", None))
+        config = step.config
         return TokenStream(
-            tokens,
-            size.to(torch.int32),
-            compose_source_maps(stream.source_map, plan),
-            plan.kept if stream.positions is None else stream.positions.gather(1, plan.kept),
+            *merge_step(
+                stream.tokens,
+                stream.size,
+                stream.source_map,
+                stream.positions,
+                keys,
+                getattr(self, "reactivation", None),
+                step.removed,
+                step.prefix,
+                count - step.removed,
+                order=config.order,
+                method=config.matching,
+                threshold=config.threshold,
+                margin=0.9 - 0.9 * step.layer / step.depth,  # as in PiToMe: later layers count more tokens as alike
+                grid_width=step.grid_width(entered),
+                window=config.window,
+            )
         )
 
     def bias(self, stream: TokenStream) -> Tensor | None:

@@ -96,6 +96,22 @@ def compiled(family: str, backend: str = "aot_eager") -> None:
     assert graphs[:2] == [1, 1] and graphs[3] <= 2 and graphs[4] <= 3, graphs
 
 
+def compiled_plainly(family: str) -> None:
+    """Without `fullgraph`, with gradients off and on, and under autocast: still one graph a mode."""
+    inputs, model = FAMILIES[family].inputs(), merging(family)
+    expected = values(model, inputs)
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(model, backend=counter)
+    torch.testing.assert_close(values(fast, inputs), expected, **CLOSE)
+    torch.testing.assert_close(result(run(fast, inputs)).detach(), expected, **CLOSE)
+    assert counter.frame_count == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered, expected = values(fast, inputs), values(model, inputs)
+    assert lowered.isfinite().all() and lowered.dtype == expected.dtype
+    assert counter.frame_count == 3
+
+
 def compiled_backward(family: str) -> None:
     inputs, model = FAMILIES[family].inputs(), merging(family).train()
     expected = gradients(model, inputs)
@@ -412,7 +428,7 @@ QUICK: tuple[Callable[..., None], ...] = (
     not_a_number,
     wrapped_again,
 )
-TRACED = (compiled, compiled_backward, exported)
+TRACED = (compiled, compiled_plainly, compiled_backward, exported)
 # One of each kind of layer and pooling; the others take the same paths, and minutes to trace.
 TRACED_QUICKLY = ("timm-vit", "timm-siglip", "timm-eva-dinov3", "hf-vit", "hf-dinov3")
 traced_families = [
