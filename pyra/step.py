@@ -1,12 +1,11 @@
 """One merging step, from keys to merged tokens; and the same as one operator, for the compiler.
 
-Every layer has its own number of tokens. Compiled with static shapes, no two layers share a kernel, and a C++ compiler
-runs for each: the compile time of a 12-block ViT grows more than fivefold on a CPU. As one operator the step itself
-costs nothing to compile; and where the compiler may be left without the length of its output (``fullgraph=True``, or
-``torch._dynamo.config.capture_dynamic_output_shape_ops``), all layers look alike and their kernels are made once.
+Every layer has its own number of tokens, so no two layers share a compiled kernel, and on a CPU a C++ compiler runs for
+each of them: traced operator by operator, merging makes a 12-block ViT more than five times slower to compile. As one
+operator the step costs nothing to compile.
 
-Letters: ``B`` batch, ``N`` tokens, ``N0`` tokens at the first layer, ``C`` channels, ``D`` feature channels, ``r``
-tokens removed.
+Letters: ``B`` batch, ``N`` tokens, ``N0`` tokens at the first layer, ``C`` channels, ``H`` heads, ``d`` head channels,
+``r`` tokens removed.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyra.attention import size_bias
 from pyra.matching import match_tokens
 from pyra.merging import compose_source_maps, merge_tokens
 
@@ -31,10 +31,10 @@ def merge_step(
     source_map: Tensor | None,
     positions: Tensor | None,
     keys: Tensor,
+    heads: int,
     reactivation: nn.Module | None,
     removed: int,
     prefix: int,
-    remaining: int,
     *,
     order: str,
     method: str,
@@ -50,31 +50,36 @@ def merge_step(
         size: [B, N, 1] int32 patches each token stands for; None means ones.
         source_map: [B, N0] row that holds each original token; None means its own.
         positions: [B, N] original position of each token; None means in place.
-        keys: [B, N, D] similarity features.
+        keys: keys of all heads, [B, H, N, d] or [B, N, H, d]; their mean over heads is what is compared.
+        heads: axis of the heads in ``keys``.
         reactivation: module with ``pair_weight``, ``channel_weight`` and ``norm``; None merges plainly.
         removed: tokens to remove (``r``).
         prefix: leading tokens that never merge.
-        remaining: tokens left afterwards (``N - r``), which the caller knows without looking at ``tokens``.
         order, method, threshold, margin, grid_width, window: as in :func:`pyra.match_tokens`.
 
     Returns:
         Tokens [B, N - r, C], size [B, N - r, 1] int32, source map [B, N0], positions [B, N - r].
     """
-    state = (tokens, size, source_map, positions, keys)
-    how = (removed, prefix, order, method, threshold, margin, grid_width, window)
+    state: tuple[Any, ...] = (tokens, size, source_map, positions, keys, heads)
+    how: tuple[Any, ...] = (removed, prefix, order, method, threshold, margin, grid_width, window)
     if _compiled_for_inference(tokens):
-        # A length of 1 is one that the compiler wants to know.
-        known = None if remaining >= 2 and torch._dynamo.config.capture_dynamic_output_shape_ops else remaining
         if reactivation is None:
-            return torch.ops.pyra.merge_step(known, *state, None, None, None, None, 0.0, *how)
+            return torch.ops.pyra.merge_step(*state, None, None, None, None, 0.0, *how)
         if isinstance(norm := reactivation.norm, nn.LayerNorm):
             weights = (reactivation.pair_weight, reactivation.channel_weight, norm.weight, norm.bias, norm.eps)
-            return torch.ops.pyra.merge_step(known, *state, *weights, *how)
-    return _merge_step(*state, reactivation, *how)
+            return torch.ops.pyra.merge_step(*state, *weights, *how)
+    return _merge_step(*(*state, reactivation, *how))
+
+
+def proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what proportional attention adds to the scores, [B, 1, 1, N], from sizes [B, N, 1] int32."""
+    if _compiled_for_inference(size):
+        return torch.ops.pyra.size_bias(size, dtype)
+    return _proportional_bias(size, dtype)
 
 
 def _compiled_for_inference(tokens: Tensor) -> bool:
-    """Whether a compiler for CPUs traces without gradients; an exporter keeps plain operators and static lengths."""
+    """Whether a compiler for CPUs traces without gradients; an exporter wants plain operators."""
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
@@ -89,6 +94,7 @@ def _merge_step(
     source_map: Tensor | None,
     positions: Tensor | None,
     keys: Tensor,
+    heads: int,
     reactivation: Any,
     removed: int,
     prefix: int,
@@ -100,7 +106,7 @@ def _merge_step(
     window: int,
 ) -> Merged:
     plan = match_tokens(
-        keys,
+        keys.mean(dim=heads),
         removed,
         num_prefix_tokens=prefix,
         order=order,
@@ -119,12 +125,12 @@ def _merge_step(
 
 @torch.library.custom_op("pyra::merge_step", mutates_args=())
 def _operator(
-    _remaining: int | None,
     tokens: Tensor,
     size: Tensor | None,
     source_map: Tensor | None,
     positions: Tensor | None,
     keys: Tensor,
+    heads: int,
     pair_weight: Tensor | None,
     channel_weight: Tensor | None,
     norm_weight: Tensor | None,
@@ -146,22 +152,28 @@ def _operator(
             F.layer_norm, normalized_shape=norm_weight.shape, weight=norm_weight, bias=norm_bias, eps=norm_eps
         )
         weights = SimpleNamespace(pair_weight=pair_weight, channel_weight=channel_weight, norm=norm)
-    how = (removed, prefix, order, method, threshold, margin, grid_width, window)
-    return _merge_step(tokens, size, source_map, positions, keys, weights, *how)
+    how: tuple[Any, ...] = (removed, prefix, order, method, threshold, margin, grid_width, window)
+    return _merge_step(tokens, size, source_map, positions, keys, heads, weights, *how)
 
 
 @_operator.register_fake
 def _shapes(
-    remaining: int | None,
     tokens: Tensor,
     size: Tensor | None,
     source_map: Tensor | None,
     positions: Tensor | None,
     keys: Tensor,
+    heads: int,
+    pair_weight: Tensor | None,
+    channel_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    removed: int,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, count, channels = tokens.shape
-    left = torch.library.get_ctx().new_dynamic_size(min=2) if remaining is None else remaining
+    left = count - removed
     original = count if source_map is None else source_map.shape[1]
     return (
         tokens.new_empty(batch, left, channels),
@@ -169,3 +181,19 @@ def _shapes(
         tokens.new_empty(batch, original, dtype=torch.int64),
         tokens.new_empty(batch, left, dtype=torch.int64),
     )
+
+
+def _proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    bias = size_bias(size.to(torch.promote_types(dtype, torch.float32)), dtype)
+    assert bias is not None
+    return bias
+
+
+@torch.library.custom_op("pyra::size_bias", mutates_args=())
+def _bias_operator(size: Tensor, dtype: torch.dtype) -> Tensor:
+    return _proportional_bias(size, dtype).contiguous()
+
+
+@_bias_operator.register_fake
+def _bias_shape(size: Tensor, dtype: torch.dtype) -> Tensor:
+    return size.new_empty(size.shape[0], 1, 1, size.shape[1], dtype=dtype)

@@ -14,13 +14,15 @@ from pyra.tasks.options import option
 class BenchmarkOptions:
     """Options of ``pyra benchmark``."""
 
-    backbone: str = option("vit_base_patch16_224", "timm name of a model with published schedules")
+    backbone: str = option("vit_base_patch16_224", "timm name; other models than the paper's get its shape of schedule")
+    image_size: int | None = option(None, "image side in pixels; the model's own by default")
     batch_size: int = option(16, "images a forward")
     train_batch_size: int = option(32, "images a training step")
     rounds: int = option(5, "timed forwards of each model; the median counts")
     train_rounds: int = option(3, "timed training steps of each model")
     threads: int | None = option(None, "CPU threads; all by default")
     training: bool = option(True, "measure training as well as inference")
+    compile: bool = option(False, "measure compiled models and the time to compile them, too (needs a C++ compiler)")
     output: str = option("benchmark.json", "file to write the rows to")
 
 
@@ -41,16 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tabulate import tabulate
 
     from pyra.files import write_json
-    from pyra.tasks.benchmark import inference_rows, training_rows
+    from pyra.tasks.benchmark import Subject, compile_rows, inference_rows, training_rows
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.results import environment
 
     quiet_libraries()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    rows = inference_rows(options.backbone, options.batch_size, options.rounds)
+    subject = Subject(options.backbone, options.image_size)
+    rows = inference_rows(subject, options.batch_size, options.rounds)
+    if options.compile:
+        rows += inference_rows(subject, options.batch_size, options.rounds, compiled=True)
+        rows += compile_rows(subject, options.batch_size)
     if options.training:
-        rows += training_rows(options.backbone, options.train_batch_size, options.train_rounds)
+        rows += training_rows(subject, options.train_batch_size, options.train_rounds)
     table = [
         (row.name, f"{row.value:.2f} x", f"{row.goal:.2f} x", "yes" if row.reached else "NO", row.detail)
         for row in rows

@@ -16,19 +16,18 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from pyra.backbones.features import source_maps
 from pyra.export import ExportReport
 from pyra.files import atomic_path, write_json, write_text
 from pyra.tasks.data import ImageDataset, Task, load_task
 from pyra.tasks.exporting import export_run
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output
-from pyra.tasks.pictures import merged_tokens_picture
 from pyra.tasks.reports import pareto_plot, results_table
 from pyra.tasks.results import RunResult
 from pyra.tasks.runs import load_run, new_model, resolve_device
 from pyra.tasks.timing import throughput
 from pyra.tasks.training import run, splits
+from pyra.tasks.visualize import draw
 
 METHODS = ("linear", "lora", "tome", "pyra")
 COMPRESSED = ("tome", "pyra")
@@ -154,16 +153,6 @@ def _picture(model: Any, data: ImageDataset, path: Path) -> None:
     """Draw what merged in a few test images of different classes."""
     first = {label: index for index, label in reversed(list(enumerate(data.labels)))}
     chosen = [first[label] for label in sorted(first)][:PICTURED]
-    batch = torch.stack([data[i]["pixel_values"] for i in chosen])
-    maps = list(source_maps(model.cpu(), batch).values())
-    prefix = model.num_prefix_tokens
-    layers = sorted({len(maps) // 6, len(maps) // 3, len(maps) - 1})
-    rows, columns = model.patch_embed.grid_size
-    picture = merged_tokens_picture(
-        [data.image(i) for i in chosen],
-        [[maps[layer][row, prefix:] for layer in layers] for row in range(len(chosen))],
-        (rows, columns),
-        titles=["input", *(f"layer {layer + 1}: {int(maps[layer].max()) + 1} tokens" for layer in layers)],
-    )
+    drawn = draw(model.cpu(), [data.image(i) for i in chosen])
     with atomic_path(path) as temporary:
-        picture.save(temporary)
+        drawn.picture.save(temporary)

@@ -62,7 +62,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def unreadable(error: Exception) -> str:
+    """Return in one line why :func:`decode_image` failed."""
     if isinstance(error, UnidentifiedImageError):  # its text names an object in memory, or the path once more
         return "not an image in a known format"
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -151,7 +152,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 try:
                     pixels = self._squash(self.image(index))
                 except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-                    broken[index] = _reason(error)
+                    broken[index] = unreadable(error)
                 else:
                     if self._pixels is not None:
                         self._pixels[index] = pixels

@@ -91,7 +91,7 @@ def unwrap(model: Model) -> Model:
 
 def _steps(sizes: Geometry, schedule: list[int], config: PyraConfig, grid: tuple[int, int] | None) -> list[Step]:
     return [
-        Step(layer, sizes.depth, removed, sum(schedule[:layer]), sizes.prefix_tokens, sizes.dim, config, grid)
+        Step(layer, sizes.depth, removed, sizes.prefix_tokens, sizes.dim, config, grid)
         for layer, removed in enumerate(schedule)
     ]
 

@@ -57,6 +57,7 @@ class MergingEncoderLayer(MergingLayer):
         **kwargs: Any,
     ) -> Tensor | TokenStream:
         """Run one layer."""
+        _refuse_reentrant(self)
         layout, stream = _layout(self), stream_of(hidden_states)
         if position_embeddings is not None:
             kwargs["position_embeddings"] = tuple(
@@ -68,7 +69,7 @@ class MergingEncoderLayer(MergingLayer):
         tokens = stream.tokens + self._through(layout.after_attention, attended)
         if stream.size is None and attention_mask is not None:
             stream = TokenStream(tokens, _present(attention_mask), stream.source_map, stream.positions)
-        stream = self.merge(stream.holding(tokens), attention.keys())
+        stream = self.merge(stream.holding(tokens), attention)
         changed = self._child(layout.mlp)(self._child(layout.norm2)(stream.tokens))
         return self.hand_on(stream.holding(stream.tokens + self._through(layout.after_mlp, changed)))
 
@@ -98,6 +99,17 @@ class MergingEncoderLayer(MergingLayer):
 
 
 MERGING = MergingEncoderLayer
+
+
+def _refuse_reentrant(layer: Any) -> None:
+    """Raise where a stream would lose its gradients: reentrant checkpoints see tensors among the arguments only."""
+    if layer.training and layer.gradient_checkpointing:
+        function = layer._gradient_checkpointing_func
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise UnsupportedModelError(
+                "reentrant gradient checkpointing loses the gradients of merged tokens: enable it with "
+                "use_reentrant=False (the default)"
+            )
 
 
 def rows_of(table: Tensor, positions: Tensor | None, prefix: int) -> Tensor:

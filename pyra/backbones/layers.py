@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyra.attention import size_bias
 from pyra.config import PyraConfig
 from pyra.errors import ScheduleError
 from pyra.matching import removable
 from pyra.merging import spread
 from pyra.reactivation import Reactivation
-from pyra.step import merge_step
+from pyra.step import merge_step, proportional_bias
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Step:
         layer: index of the layer, from 0.
         depth: number of layers.
         removed: tokens it merges away.
-        before: tokens that the layers before it merge away.
         prefix: leading tokens that never merge.
         dim: channels ``C``.
         config: how tokens are matched and merged.
@@ -77,7 +75,6 @@ class Step:
     layer: int
     depth: int
     removed: int
-    before: int
     prefix: int
     dim: int
     config: PyraConfig
@@ -119,12 +116,12 @@ class MergingLayer(nn.Module):
     replaced: tuple[nn.Module]  # in a tuple: no child, but copied and pickled along
     origin: tuple[type[MergingLayer], type[nn.Module]]
 
-    def merge(self, stream: TokenStream, keys: Tensor) -> TokenStream:
+    def merge(self, stream: TokenStream, attention: KeyReader) -> TokenStream:
         """Merge the tokens of a stream.
 
         Args:
             stream: what entered the layer, with ``tokens`` after attention.
-            keys: [B, N, d] similarity features, the keys averaged over heads.
+            attention: the reader of the keys of that attention.
 
         Raises:
             ScheduleError: where the input is too small for the schedule.
@@ -132,9 +129,8 @@ class MergingLayer(nn.Module):
         step = self.step
         if not step.removed:
             return stream
-        # Not `tokens.shape`: a compiler may not know the length of what merged.
-        entered = stream.tokens.shape[1] if stream.source_map is None else stream.source_map.shape[1]
-        count = entered - step.before
+        count = stream.tokens.shape[1]
+        entered = count if stream.source_map is None else stream.source_map.shape[1]
         most = removable(count, step.prefix)
         if step.removed > most:
             raise ScheduleError(
@@ -148,11 +144,10 @@ class MergingLayer(nn.Module):
                 stream.size,
                 stream.source_map,
                 stream.positions,
-                keys,
+                *attention.keys(),
                 getattr(self, "reactivation", None),
                 step.removed,
                 step.prefix,
-                count - step.removed,
                 order=config.order,
                 method=config.matching,
                 threshold=config.threshold,
@@ -166,7 +161,7 @@ class MergingLayer(nn.Module):
         """Return what is added to the attention scores, [B, 1, 1, N], or None while all tokens count one."""
         if not self.step.config.proportional_attention or stream.size is None:
             return None
-        return size_bias(stream.size.float(), stream.tokens.dtype)
+        return proportional_bias(stream.size, stream.tokens.dtype)
 
     def hand_on(self, stream: TokenStream) -> Tensor | TokenStream:
         """Return what the next layer gets, or after the last one [B, N0, C]."""
@@ -251,6 +246,10 @@ class KeyReader:
         """Run the module's own forward with this object as ``self``."""
         return type(self._attention).forward(self, *args, **kwargs)
 
+    def keys(self) -> tuple[Tensor, int]:
+        """Return the keys of the call with their heads apart, and the axis of the heads."""
+        raise NotImplementedError
+
     def _keep(self, keys: Tensor) -> Tensor:
         self._keys = keys
         return keys
@@ -263,10 +262,10 @@ class NormedKeys(KeyReader):
         """Apply the module's key norm and keep the outcome."""
         return self._keep(self._attention.k_norm(keys))  # type: ignore[operator]
 
-    def keys(self) -> Tensor:
-        """Return the keys of the call averaged over heads, [B, N, d]."""
+    def keys(self) -> tuple[Tensor, int]:
+        """Return the keys of the call, [B, H, N, d]."""
         assert self._keys is not None
-        return self._keys.mean(dim=1)
+        return self._keys, 1
 
 
 class ProjectedKeys(KeyReader):
@@ -276,10 +275,10 @@ class ProjectedKeys(KeyReader):
         """Apply the module's key projection and keep the outcome."""
         return self._keep(self._attention.k_proj(x))  # type: ignore[operator]
 
-    def keys(self) -> Tensor:
-        """Return the keys of the call averaged over heads, [B, N, d]."""
+    def keys(self) -> tuple[Tensor, int]:
+        """Return the keys of the call, [B, N, H, d]."""
         assert self._keys is not None
-        return self._keys.unflatten(-1, (-1, self._attention.head_dim)).mean(dim=2)
+        return self._keys.unflatten(-1, (-1, self._attention.head_dim)), 2
 
 
 def linear_macs(module: Any) -> int:

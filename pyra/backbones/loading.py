@@ -98,17 +98,36 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     Raises:
         ConfigError: for a backbone that does not take square RGB images, or whose normalisation divides by zero.
     """
-    plain: Any = model
-    backbone = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-    config = resolve_model_data_config(backbone)
-    height, width = backbone.patch_embed.img_size
+    mean, std = normalisation(model)
+    height, width = image_shape(model)
     if height != width:
         raise ConfigError(f"the backbone takes {height} x {width} images; only square ones are prepared here")
+    return Preprocessing(height, mean, std)
+
+
+def image_shape(model: nn.Module) -> tuple[int, int]:
+    """Return height and width in pixels of the images that a timm model takes."""
+    height, width = _inside_peft(model).patch_embed.img_size
+    return int(height), int(width)
+
+
+def normalisation(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return the mean and standard deviation of each channel, on the scale 0..1, that a timm model was pretrained with.
+
+    Raises:
+        ConfigError: for a backbone that does not take RGB images, or whose normalisation divides by zero.
+    """
+    config = resolve_model_data_config(_inside_peft(model))
     if len(config["mean"]) != 3 or not all(0 < std < float("inf") for std in config["std"]):
         raise ConfigError(
             f"the backbone's config has mean {config['mean']} and std {config['std']}: three each, std > 0"
         )
-    return Preprocessing(height, tuple(config["mean"]), tuple(config["std"]))
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def _inside_peft(model: nn.Module) -> Any:
+    plain: Any = model
+    return plain.get_base_model() if hasattr(plain, "get_base_model") else plain
 
 
 def load_backbone_checkpoint(model: nn.Module, path: str | Path) -> None:

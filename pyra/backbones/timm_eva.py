@@ -50,7 +50,7 @@ class MergingEvaBlock(MergingLayer):
         attended = attention(self.norm1(stream.tokens), rope=rope, attn_mask=self.bias(stream))
         if self.gamma_1 is not None:
             attended = self.gamma_1 * attended
-        stream = self.merge(stream.holding(stream.tokens + self.drop_path1(attended)), attention.keys())
+        stream = self.merge(stream.holding(stream.tokens + self.drop_path1(attended)), attention)
         changed = self.mlp(self.norm2(stream.tokens))
         if self.gamma_2 is not None:
             changed = self.gamma_2 * changed
@@ -86,6 +86,8 @@ def geometry(model: Eva, input_size: tuple[int, int] | None) -> Geometry:
 
 def obstacle(model: nn.Module) -> str | None:
     """Return what keeps the model's tokens from merging, or None."""
+    if not isinstance(model, Eva):
+        return f"{type(model).__name__} is not timm's Eva"
     plain: Any = model
     if type(plain.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(plain.patch_embed).__name__} (a hybrid), not from a plain projection"

@@ -1,7 +1,7 @@
 """timm's plain ``VisionTransformer``: ViT, AugReg, DeiT, DINO, DINOv2, MAE, and the towers of CLIP and SigLIP.
 
-With a class token or none, distillation and register tokens, any pooling. What cannot be merged is told by what the
-model is made of, never by its name.
+With a class token or none, distillation and register tokens, any pooling, plain or differential attention. What cannot
+be merged is told by what the model is made of, never by its name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, DiffAttention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ class MergingBlock(MergingLayer):
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
         attended = attention(self.norm1(stream.tokens), attn_mask=self.bias(stream))
-        stream = self.merge(stream.holding(stream.tokens + self.drop_path1(self.ls1(attended))), attention.keys())
+        stream = self.merge(stream.holding(stream.tokens + self.drop_path1(self.ls1(attended))), attention)
         tokens = stream.tokens
         return self.hand_on(stream.holding(tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))))
 
@@ -131,31 +131,32 @@ def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
 def geometry(model: VisionTransformer, input_size: tuple[int, int] | None) -> Geometry:
     """Sizes of the model at ``input_size`` pixels (None: its own)."""
     rows, columns = patch_grid(model, input_size)
-    block, patches = model.blocks[0], rows * columns
+    block, depth, patches = model.blocks[0], len(model.blocks), rows * columns
     return Geometry(
-        depth=len(model.blocks),
+        depth=depth,
         tokens=patches + model.num_prefix_tokens,
         prefix_tokens=model.num_prefix_tokens,
         dim=model.embed_dim,
-        attention_dim=block.attn.num_heads * block.attn.head_dim,
+        attention_dim=_attention_dim(block.attn),
         mlp_macs=linear_macs(block.mlp),
         head_dim=block.attn.head_dim,
         embedding_macs=patches * model.patch_embed.proj.weight.numel(),
-        projection_macs=linear_macs(block.attn),
-        pooling_macs=_pooling_macs(model.attn_pool, patches),
+        # The mean, as blocks may differ in it: Sapiens 2 has fewer key and value heads in its middle blocks.
+        projection_macs=sum(linear_macs(each.attn) for each in model.blocks) // depth,
+        pooling_macs=_pooling_macs(model, patches),
     )
 
 
 def patch_grid(model: VisionTransformer, input_size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Rows and columns of patches at ``input_size`` pixels (None: the model's own)."""
     patch = model.patch_embed
-    if input_size is None:
-        rows, columns = patch.grid_size
-        return int(rows), int(columns)
     height, width = patch.patch_size
-    if input_size[0] % height or input_size[1] % width:
+    if input_size is None:
+        input_size = patch.img_size
+    elif not patch.dynamic_img_pad and (input_size[0] % height or input_size[1] % width):
         raise ValueError(f"input size {input_size} is not a multiple of the patch size {height} x {width}")
-    return input_size[0] // height, input_size[1] // width
+    rows, columns = patch.dynamic_feat_size(input_size)
+    return int(rows), int(columns)
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -167,15 +168,26 @@ def obstacle(model: nn.Module) -> str | None:
     for block in model.blocks:
         if not isinstance(block, Block):
             return f"its blocks ({type(block).__name__}) are not pre-norm attention followed by an MLP"
-        if not isinstance(block.attn, Attention):
+        if not isinstance(block.attn, (Attention, DiffAttention)):
             return f"its attention ({type(block.attn).__name__}) does not give its keys and take a size bias"
     return None
 
 
-def _pooling_macs(pool: Any, patches: int) -> int:
+def _attention_dim(attention: Any) -> int:
+    """Channels that each of the two attention products goes over, for one query."""
+    dim: int = attention.num_heads * attention.head_dim
+    # Differential attention: twice as many query and key heads, and both maps weight values of twice the width.
+    return 3 * dim if isinstance(attention, DiffAttention) else dim
+
+
+def _pooling_macs(model: Any, patches: int) -> int:
     """MACs of attention pooling, which sees every token again."""
+    pool = model.attn_pool
+    tokens = patches + (model.num_prefix_tokens if getattr(model, "pool_include_prefix", True) else 0)
+    if isinstance(pool, AttentionPoolPrr):
+        return 2 * tokens * tokens * int(pool.out_features)
     if not isinstance(pool, AttentionPoolLatent):
         return 0
     every = linear_macs(pool.kv)
     products = 2 * pool.latent_len * pool.num_heads * pool.head_dim
-    return patches * (every + products) + pool.latent_len * (linear_macs(pool) - every)
+    return tokens * (every + products) + pool.latent_len * (linear_macs(pool) - every)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyra import step as merging_step
 from pyra import token_features, unwrap, wrap
-from pyra.backbones import geometry, layers, locate, macs, wrapped_config
+from pyra.backbones import geometry, locate, macs, wrapped_config
 from pyra.backbones.features import source_maps
 from pyra.backbones.layers import MergingLayer, merging_layers
-from pyra.errors import ScheduleError
+from pyra.errors import ScheduleError, UnsupportedModelError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WORKER = Path(__file__).parent.parent / "support" / "distributed_worker.py"
@@ -151,7 +152,7 @@ def autocast_bf16(family: str) -> None:
     """As exact as the plain model, when both precisions merge the same pairs."""
     inputs, plans = FAMILIES[family].inputs(), []
     plain, model = build(family), merging(family)
-    find = layers.match_tokens
+    find = merging_step.match_tokens
 
     def remember(*args: Any, **kwargs: Any) -> Any:
         plans.append(find(*args, **kwargs))
@@ -162,10 +163,10 @@ def autocast_bf16(family: str) -> None:
             return values(some, inputs).float()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "match_tokens", remember)
+        patch.setattr(merging_step, "match_tokens", remember)
         exact = values(model, inputs)
         assert len(plans) == 2
-        patch.setattr(layers, "match_tokens", lambda *_args, **_kwargs: plans.pop(0))
+        patch.setattr(merging_step, "match_tokens", lambda *_args, **_kwargs: plans.pop(0))
         error = float((lowered(model) - exact).abs().max())
     limit = float((lowered(plain) - values(plain, inputs)).abs().max())
     assert 0 < error <= 2 * limit + torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
@@ -481,6 +482,14 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "log.txt").write_text(outcome.stdout + outcome.stderr)
     done.touch()
     return folder
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = merging("hf-vit").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=False"):
+        run(model, images())
+    assert values(model.eval(), images()).isfinite().all()
 
 
 def _assert_one_step_of_two_processes(family: str, folder: Path, way: str) -> None:

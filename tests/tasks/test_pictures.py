@@ -81,6 +81,45 @@ def test_rows_columns_and_titles(photo):
     assert other.height > sheet.height, "a long title wraps onto more lines"
 
 
+def test_unmerged_patches_can_stay_as_they_are(photo):
+    groups = torch.arange(H * W)
+    groups[[0, 1]] = 1
+    tile = view(merged_tokens_picture([photo], [[groups]], (H, W), scale=SCALE, single_as_image=True), 1)
+    pixels = np.asarray(photo).astype(float)
+    lined = np.zeros((H * SCALE, W * SCALE), dtype=bool)
+    lined[:SCALE, 2 * SCALE] = lined[SCALE, : 2 * SCALE] = True  # around the only group
+    lined[:SCALE, : 2 * SCALE] = True
+    assert np.array_equal(tile[~lined], pixels[~lined])
+    assert np.abs(tile - pixels)[lined].max() > 20
+
+
+def test_patches_keep_their_shape(photo):
+    sheet = merged_tokens_picture([photo], [[torch.arange(H * W)]], (H, W), patch=(16, 8))
+    tile_w, tile_h = (sheet.width - 3 * _GAP) // 2, 3 * 74
+    assert tile_w == 4 * 37  # the longer side, 3 * 16 against 4 * 8, is about 224
+    assert sheet.height > tile_h + 2 * _GAP
+    with pytest.raises(ValueError, match="at least 1, not 0 and 8"):
+        merged_tokens_picture([photo], [[torch.arange(H * W)]], (H, W), patch=(0, 8))
+
+
+def test_fine_grids_get_more_pixels(photo):
+    sheet = merged_tokens_picture([photo], [[torch.arange(37 * 37)]], (37, 37))
+    assert sheet.width == 3 * _GAP + 2 * 37 * 12
+
+
+def test_wide_views_stand_below_each_other_and_narrow_ones_leave_their_titles_room(photo):
+    red, blue = (Image.new("RGB", (64, 8), colour) for colour in ("red", "blue"))
+    groups = torch.zeros(2 * 16, dtype=torch.long)
+    sheet = np.asarray(merged_tokens_picture([red, blue], [[groups]] * 2, (2, 16), scale=14))
+    assert sheet.shape[1] == 3 * _GAP + 2 * 224
+    for column, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
+        strip = sheet[:, _GAP + column * (224 + _GAP) :][:, :224]
+        assert [(strip[row, 0] == colour).all() for row in (-_GAP - 1, -_GAP - 28)] == [True, True]
+        assert (strip == colour).all(-1).all(1).sum() == 2 * 28
+    narrow = merged_tokens_picture([red], [[groups[:16]]], (16, 1), scale=14, titles=["input", "final: 1 tokens"])
+    assert narrow.width > 3 * _GAP + 2 * 14
+
+
 def test_default_scale_and_grey_images_and_numpy_maps(photo):
     sheet = merged_tokens_picture([photo.convert("L")], [[np.arange(H * W)]], (H, W))
     assert sheet.width == 3 * _GAP + 2 * 224
