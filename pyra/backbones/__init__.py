@@ -216,6 +216,7 @@ def _tied_to_a_grid(core: nn.Module) -> str | None:
     names = [name for name, _ in (*core.named_parameters(), *core.named_buffers())]
     if any("relative_position" in name or "rel_pos" in name for name in names):
         return "its attention adds a relative position bias for each pair of grid positions, which a merged token lacks"
-    if any(hasattr(module, "window_size") for module in core.modules()):
+    windows = (hasattr(module, "window_size") or getattr(module, "num_windows", 1) > 1 for module in core.modules())
+    if any(windows):
         return "it attends within windows of a fixed grid, which merged tokens no longer form"
     return None

@@ -21,6 +21,8 @@ from pyra.errors import UnsupportedModelError
 
 _TAKES_BIAS = ("sdpa", "eager")  # attention implementations that add a float mask to the scores
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+_PARTS = {"embeddings", "rope_embeddings", "encoder", "model", "layers", "pooler", "head"}  # of a tower, beside norms
+_LAYER_ARGUMENTS = ("self", "hidden_states", "attention_mask", "position_embeddings", "kwargs")
 
 
 @dataclass(frozen=True)
@@ -227,16 +229,30 @@ def _grid(model: nn.Module, input_size: tuple[int, int] | None) -> tuple[int, in
 
 def obstacle(model: nn.Module) -> str | None:
     """Return what keeps the encoder's tokens from merging, or None."""
-    reads = getattr(model, "main_input_name", None)
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is not one of transformers' models"
-    if reads != "pixel_values":
-        return f"it reads {reads}, not images"
+    if model.main_input_name != "pixel_values" and "pixel_values" not in _arguments(model):
+        return f"it reads {model.main_input_name}, not images"
     if not hasattr(model, "embeddings"):
-        return "it has no patch embeddings"
+        return "it has no patch embeddings (if it has an image encoder inside, wrap that)"
     if _layer_list(model) is None:
-        return "its layers are not pre-norm attention with its own key projection, followed by an MLP"
-    return None
+        return (
+            "its layers are not those of ViT, DINO, CLIP or SigLIP: pre-norm attention over one sequence an image, "
+            "with keys from k_proj, then an MLP, and nothing else"
+        )
+    more = [name for name, _ in model.named_children() if name not in _PARTS and not name.endswith("norm")]
+    if more:
+        return f"its {more[0]} may read tokens between layers"
+    return _embedding_obstacle(model.embeddings)
+
+
+def _embedding_obstacle(embeddings: Any) -> str | None:
+    """Return what makes it unknown which tokens are patches of one image, or None."""
+    if any(isinstance(module, nn.Conv3d) for module in embeddings.modules()):
+        return "its patches are cut from videos, not from images"
+    names = [name for name, _ in embeddings.named_parameters() if "token" in name]
+    unknown = [name for name in names if name not in (*_PREFIX_TOKENS, "mask_token")]
+    return f"its embeddings add {unknown[0]}, which are neither patches nor known prefix tokens" if unknown else None
 
 
 def _layer_list(model: nn.Module) -> nn.ModuleList | None:
@@ -245,12 +261,21 @@ def _layer_list(model: nn.Module) -> nn.ModuleList | None:
 
 
 def _is_layer(layer: nn.Module) -> bool:
+    """Whether a layer has the parts of a layout and no other, and takes what ours takes, in that order."""
     layout = next((layout for layout in LAYOUTS if layout.names() == _children(layer)), None)
-    if layout is None:
+    if layout is None or any(True for _ in layer.parameters(recurse=False)):
+        return False
+    taken = _arguments(layer)
+    if taken != [name for name in _LAYER_ARGUMENTS if name in taken]:
         return False
     attention = getattr(layer, layout.attention)
-    takes = inspect.signature(type(attention).forward).parameters
-    return hasattr(attention, "k_proj") and hasattr(attention, "head_dim") and "attention_mask" in takes
+    taken = _arguments(attention)
+    packs = "cu_seqlens" in taken  # many images in one sequence
+    return hasattr(attention, "k_proj") and hasattr(attention, "head_dim") and "attention_mask" in taken and not packs
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)
 
 
 def _children(layer: nn.Module) -> set[str]:
