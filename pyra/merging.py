@@ -64,10 +64,10 @@ def merge_tokens(
         # Times 0 would not do: a value that is no number stays one, and so does its gradient.
         moved = torch.where(weight > 0, moved, 0)
     merged_size = kept_size.index_add(0, target, source_size)
+    # Operations in place act on rows gathered here, which nothing else reads: each saves a pass through memory.
     if reactivation is not None:
-        received = tokens.index_select(0, _flat(plan.destination, plan.num_tokens))
-        received_size = kept_size.index_select(0, target)
-        pairs = (moved * source_size + received * received_size).to(x.dtype)
+        received = tokens.index_select(0, _flat(plan.destination, plan.num_tokens)).to(_wide(x.dtype))
+        pairs = received.mul_(kept_size.index_select(0, target)).addcmul_(moved, source_size).to(x.dtype)
         shape = (batch, plan.removed, channels)
         moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation, plan.weight)
         moved = moved.reshape(-1, channels)
@@ -76,7 +76,7 @@ def merge_tokens(
     divisor = merged_size + padding
     stay = ((kept_size + padding) / divisor).to(x.dtype)
     share = (source_size / divisor.index_select(0, target)).to(x.dtype)
-    merged = (tokens.index_select(0, kept) * stay).index_add(0, target, moved.to(x.dtype) * share)
+    merged = tokens.index_select(0, kept).mul_(stay).index_add_(0, target, moved.to(x.dtype) * share)
     return merged.reshape(*plan.kept.shape, channels), merged_size.reshape(*plan.kept.shape, 1)
 
 

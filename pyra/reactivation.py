@@ -86,4 +86,4 @@ def reactivate(source: Tensor, pairs: Tensor, weights: nn.Module, counted: Tenso
     channel_delta = pair_weight[:rows].T.to(info.dtype) @ info[:, :rows]
     token_delta = info @ channel_weight.T.to(info.dtype)
     gate = (2 * token_delta.sigmoid() - 1) * (2 * channel_delta.sigmoid())
-    return source + gate.to(source.dtype) * source
+    return torch.addcmul(source, gate.to(source.dtype), source)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyra.backbones import timm_vit
 from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, stream_of
 from pyra.cost import Geometry
+from pyra.step import layer_norm
 
 layers = timm_vit.layers
 prepare = timm_vit.prepare
@@ -47,11 +48,11 @@ class MergingEvaBlock(MergingLayer):
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
         rope = rows_of(rope, stream.positions, self.step.prefix)
-        attended = attention(self.norm1(stream.tokens), rope=rope, attn_mask=self.bias(stream))
+        attended = attention(layer_norm(self.norm1, stream.tokens), rope=rope, attn_mask=self.bias(stream))
         if self.gamma_1 is not None:
             attended = self.gamma_1 * attended
         stream = self.merge(stream.holding(stream.tokens + self.drop_path1(attended)), attention)
-        changed = self.mlp(self.norm2(stream.tokens))
+        changed = self.mlp(layer_norm(self.norm2, stream.tokens))
         if self.gamma_2 is not None:
             changed = self.gamma_2 * changed
         return self.hand_on(stream.holding(stream.tokens + self.drop_path2(changed)))

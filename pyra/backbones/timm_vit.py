@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, linear_macs, stream_of
 from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
+from pyra.step import layer_norm
 
 
 class MergingBlock(MergingLayer):
@@ -38,10 +39,12 @@ class MergingBlock(MergingLayer):
         refuse_masks(attn_mask, is_causal)
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
-        attended = attention(self.norm1(stream.tokens), attn_mask=self.bias(stream))
+        attended = attention(layer_norm(self.norm1, stream.tokens), attn_mask=self.bias(stream))
         stream = self.merge(stream.holding(stream.tokens + self.drop_path1(self.ls1(attended))), attention)
         tokens = stream.tokens
-        return self.hand_on(stream.holding(tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))))
+        return self.hand_on(
+            stream.holding(tokens + self.drop_path2(self.ls2(self.mlp(layer_norm(self.norm2, tokens)))))
+        )
 
 
 MERGING = MergingBlock
