@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from pyra.backbones.layers import MergingLayer, ProjectedKeys, TokenStream, linear_macs, stream_of
 from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
-from pyra.step import layer_norm
 
 _TAKES_BIAS = ("sdpa", "eager")  # attention implementations that add a float mask to the scores
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
@@ -68,12 +67,12 @@ class MergingEncoderLayer(MergingLayer):
             )
         attention = ProjectedKeys(getattr(self, layout.attention))
         mask = self._mask(stream, attention_mask)
-        attended, *_ = attention(layer_norm(self._child(layout.norm1), stream.tokens), attention_mask=mask, **kwargs)
+        attended, *_ = attention(self.normed(self._child(layout.norm1), stream.tokens), attention_mask=mask, **kwargs)
         tokens = stream.tokens + self._through(layout.after_attention, attended)
         if stream.size is None and attention_mask is not None:
             stream = TokenStream(tokens, _present(attention_mask), stream.source_map, stream.positions)
         stream = self.merge(stream.holding(tokens), attention)
-        changed = self._child(layout.mlp)(layer_norm(self._child(layout.norm2), stream.tokens))
+        changed = self._child(layout.mlp)(self.normed(self._child(layout.norm2), stream.tokens))
         return self.hand_on(stream.holding(stream.tokens + self._through(layout.after_mlp, changed)))
 
     def _mask(self, stream: TokenStream, attention_mask: Tensor | None) -> Tensor | None:

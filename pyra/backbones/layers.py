@@ -25,7 +25,7 @@ from pyra.errors import ScheduleError
 from pyra.matching import removable
 from pyra.merging import spread
 from pyra.reactivation import Reactivation
-from pyra.step import merge_step, proportional_bias
+from pyra.step import layer_norm, merge_step, proportional_bias
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class MergingLayer(nn.Module):
     step: Step
     replaced: tuple[nn.Module]  # in a tuple: no child, but copied and pickled along
     origin: tuple[type[MergingLayer], type[nn.Module]]
+    layer_norms: tuple[type[nn.Module], ...] = (nn.LayerNorm,)  # classes of norms that are just that
 
     def merge(self, stream: TokenStream, attention: KeyReader) -> TokenStream:
         """Merge the tokens of a stream.
@@ -162,6 +163,10 @@ class MergingLayer(nn.Module):
         if not self.step.config.proportional_attention or stream.size is None:
             return None
         return proportional_bias(stream.size, stream.tokens.dtype)
+
+    def normed(self, norm: nn.Module, tokens: Tensor) -> Tensor:
+        """Apply a norm of the layer."""
+        return layer_norm(norm, tokens, self.layer_norms)
 
     def hand_on(self, stream: TokenStream) -> Tensor | TokenStream:
         """Return what the next layer gets, or after the last one [B, N0, C]."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import PatchEmbed
+from timm.layers import LayerNorm, PatchEmbed
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pyra.backbones import timm_vit
 from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, stream_of
 from pyra.cost import Geometry
-from pyra.step import layer_norm
 
 layers = timm_vit.layers
 prepare = timm_vit.prepare
@@ -35,6 +34,7 @@ class MergingEvaBlock(MergingLayer):
     mlp: nn.Module
     gamma_2: Tensor | None
     drop_path2: nn.Module
+    layer_norms = (nn.LayerNorm, LayerNorm)
 
     def forward(
         self,
@@ -48,11 +48,11 @@ class MergingEvaBlock(MergingLayer):
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
         rope = rows_of(rope, stream.positions, self.step.prefix)
-        attended = attention(layer_norm(self.norm1, stream.tokens), rope=rope, attn_mask=self.bias(stream))
+        attended = attention(self.normed(self.norm1, stream.tokens), rope=rope, attn_mask=self.bias(stream))
         if self.gamma_1 is not None:
             attended = self.gamma_1 * attended
         stream = self.merge(stream.holding(stream.tokens + self.drop_path1(attended)), attention)
-        changed = self.mlp(layer_norm(self.norm2, stream.tokens))
+        changed = self.mlp(self.normed(self.norm2, stream.tokens))
         if self.gamma_2 is not None:
             changed = self.gamma_2 * changed
         return self.hand_on(stream.holding(stream.tokens + self.drop_path2(changed)))

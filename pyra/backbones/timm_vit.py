@@ -10,14 +10,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, DiffAttention, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, DiffAttention, LayerNorm, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, linear_macs, stream_of
 from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
-from pyra.step import layer_norm
 
 
 class MergingBlock(MergingLayer):
@@ -31,6 +30,7 @@ class MergingBlock(MergingLayer):
     mlp: nn.Module
     ls2: nn.Module
     drop_path2: nn.Module
+    layer_norms = (nn.LayerNorm, LayerNorm)
 
     def forward(
         self, x: Tensor | TokenStream, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -39,12 +39,11 @@ class MergingBlock(MergingLayer):
         refuse_masks(attn_mask, is_causal)
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
-        attended = attention(layer_norm(self.norm1, stream.tokens), attn_mask=self.bias(stream))
+        attended = attention(self.normed(self.norm1, stream.tokens), attn_mask=self.bias(stream))
         stream = self.merge(stream.holding(stream.tokens + self.drop_path1(self.ls1(attended))), attention)
         tokens = stream.tokens
-        return self.hand_on(
-            stream.holding(tokens + self.drop_path2(self.ls2(self.mlp(layer_norm(self.norm2, tokens)))))
-        )
+        changed = self.mlp(self.normed(self.norm2, tokens))
+        return self.hand_on(stream.holding(tokens + self.drop_path2(self.ls2(changed))))
 
 
 MERGING = MergingBlock

@@ -104,7 +104,8 @@ def compiled_plainly(family: str) -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     fast = torch.compile(model, backend=counter)
-    torch.testing.assert_close(values(fast, inputs), expected, **CLOSE)
+    first = _or_skip_where_the_plain_model_fails(family, lambda: values(fast, inputs))
+    torch.testing.assert_close(first, expected, **CLOSE)
     torch.testing.assert_close(result(run(fast, inputs)).detach(), expected, **CLOSE)
     assert counter.frame_count == 2
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,81 @@
+"""Operators that stand for a merging step under the compiler: the same numbers as the functions they are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.library import opcheck
+
+from pyra import Reactivation
+from pyra.step import layer_norm, merge_step, proportional_bias
+
+HOW = {"order": "grouped", "threshold": None, "margin": 0.5, "grid_width": None, "window": 1}
+PLAIN = (4, 1, "grouped", "bipartite", None, 0.5, None, 1)
+
+
+def state(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """A stream of 17 tokens that 25 have merged into, and keys with their heads at axis 1."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 17, 16, generator=generator).to(dtype)
+    size = torch.randint(1, 5, (3, 17, 1), generator=generator, dtype=torch.int32)
+    source_map = torch.randint(0, 17, (3, 25), generator=generator)
+    positions = torch.stack([torch.randperm(25, generator=generator)[:17] for _ in range(3)])
+    return tokens, size, source_map, positions, torch.randn(3, 2, 17, 8, generator=generator).to(dtype), 1
+
+
+def weights() -> Reactivation:
+    torch.manual_seed(1)
+    module = Reactivation(4, 16)
+    nn.init.normal_(module.channel_weight)
+    nn.init.normal_(module.norm.weight)
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("reactivated", [True, False])
+def test_merge_step_as_an_operator(begun: bool, reactivated: bool) -> None:
+    tokens, size, source_map, positions, keys, heads = state()
+    before = (size, source_map, positions) if begun else (None, None, None)
+    module = weights() if reactivated else None
+    trained = (
+        (module.pair_weight, module.channel_weight, module.norm.weight, module.norm.bias) if module else [None] * 4
+    )
+    arguments = (tokens, *before, keys, heads, *trained, 1e-5, *PLAIN)
+    opcheck(torch.ops.pyra.merge_step.default, arguments)
+    expected = merge_step(tokens, *before, keys, heads, module, 4, 1, method="bipartite", **HOW)
+    for actual, value in zip(torch.ops.pyra.merge_step(*arguments), expected, strict=True):
+        assert actual.dtype == value.dtype and torch.equal(actual, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_size_bias_as_an_operator(dtype: torch.dtype) -> None:
+    size = state()[1]
+    opcheck(torch.ops.pyra.size_bias.default, (size, dtype))
+    assert torch.equal(torch.ops.pyra.size_bias(size, dtype), proportional_bias(size, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_as_an_operator(affine: bool, dtype: torch.dtype) -> None:
+    norm = nn.LayerNorm(16, elementwise_affine=affine, dtype=dtype).requires_grad_(False)
+    tokens = state(dtype)[0].transpose(0, 1)
+    arguments = (tokens, norm.weight, norm.bias, norm.eps)
+    opcheck(torch.ops.pyra.layer_norm.default, arguments)
+    assert torch.equal(torch.ops.pyra.layer_norm(*arguments), norm(tokens))
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * super().forward(tokens)
+
+
+@torch.no_grad()
+def test_a_norm_of_another_kind_or_with_hooks_runs_itself_when_compiled() -> None:
+    tokens, hooked, patched, seen = state()[0], nn.LayerNorm(16), nn.LayerNorm(16), []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    patched.forward = lambda tokens: tokens + 1  # type: ignore[method-assign]
+    for norm in (hooked, patched, Doubled(16)):
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(layer_norm, backend="eager")(norm, tokens), norm(tokens))
+    assert len(seen) == 2
