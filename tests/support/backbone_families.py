@@ -168,7 +168,8 @@ def config(**options: Any) -> PyraConfig:
 
 def run(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
     """Call a model the way its library does."""
-    plain = getattr(model, "module", model)  # under DDP
+    plain = getattr(model, "_orig_mod", model)  # compiled
+    plain = getattr(plain, "module", plain)  # under DDP
     plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
     if "pixel_values" in inspect.signature(plain.forward).parameters:
         return model(**inputs, **kwargs)
