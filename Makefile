@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 EDITABLE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint typecheck bench wheel-test clean
+.PHONY: help demo test test-all test-kernels lint typecheck bench wheel-test clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,6 +27,10 @@ test: $(READY) ## the quick tests; MARKS="..." selects others
 
 test-all: $(READY) ## every test this machine can run, slow ones too (gpu tests skip without a GPU)
 	$(BIN)/pytest -q -n $(WORKERS) -m "not network"
+
+test-kernels: $(READY) ## Triton's kernels in its interpreter, and compiled ahead of time: no GPU needed
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -n $(WORKERS) tests/kernels
+	$(BIN)/pytest -q -rP tests/kernels/test_ahead_of_time.py
 
 lint: $(READY) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import write_json
+from pyra.kernels.choice import BACKENDS
 from pyra.matching import METHODS, ORDERS, Order
 from pyra.records import record_problems
 from pyra.schedule import preset_schedule
@@ -38,6 +39,9 @@ class PyraConfig:
         threshold: cosine similarity in [-1, 1] under which a token is dropped instead of merged (cf. Token Fusion,
             arXiv 2312.01026); None merges every pair. Not with ``"prune"``.
         window: largest distance, in patches, of the neighbours that ``"local"`` prefers.
+        backend: what runs matching and merging: ``"auto"``, Triton kernels on a GPU where they can run and plain
+            PyTorch elsewhere (or as :func:`pyra.kernels.backend` says); ``"reference"``, plain PyTorch; ``"triton"``,
+            Triton, or an error in the forward.
 
     Raises:
         ConfigError: listing every problem at once.
@@ -55,6 +59,7 @@ class PyraConfig:
     order: Order = "grouped"
     threshold: float | None = None
     window: int = 1
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         """Check all fields together."""
@@ -68,7 +73,7 @@ class PyraConfig:
         for name in ("reactivation", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name, allowed in (("matching", METHODS), ("order", ORDERS)):
+        for name, allowed in (("matching", METHODS), ("order", ORDERS), ("backend", BACKENDS)):
             value = getattr(self, name)
             if value not in allowed:
                 problems.append(

@@ -42,6 +42,10 @@ class OutputError(PyraError, FileExistsError):
     """An output folder that would be overwritten."""
 
 
+class KernelError(PyraError, RuntimeError):
+    """An implementation of the kernels that was asked for and cannot run here, with the reason."""
+
+
 class ExportError(PyraError, ValueError):
     """An export that differs from its model, or a folder that holds none."""
 

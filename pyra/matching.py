@@ -3,8 +3,8 @@
 The default is bipartite soft matching (ToMe, arXiv 2210.09461, section 3) as PYRA uses it (arXiv 2403.09192, section
 3.1): even positions form set A, odd positions set B; every A token proposes to its most similar B token, and the ``r``
 A tokens with the highest similarity become sources. The other methods (:data:`METHODS`) find their pairs otherwise;
-see :mod:`pyra.pairing`. Everything that follows - merging, unmerging, source maps, export - consumes the plan and never
-looks at the features again.
+see :mod:`pyra.kernels.pairing`. Everything that follows - merging, unmerging, source maps, export - consumes the plan
+and never looks at the features again.
 
 Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``r`` tokens removed.
 """
@@ -12,14 +12,13 @@ Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``r`` tokens removed
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyra.pairing import bipartite_pairs, energy_pairs, local_pairs, unit_vectors
+from pyra.kernels.match import Matched, Rules, match, reference
 
 Order = Literal["grouped", "sequence"]
 ORDERS: tuple[str, ...] = ("grouped", "sequence")
@@ -104,8 +103,8 @@ def match_tokens(
         method: how pairs are found.
             ``"bipartite"``: even against odd positions (ToMe, arXiv 2210.09461, section 3).
             ``"energy"``: among the ``2 r`` tokens that have most others like them (PiToMe, arXiv 2405.16148, section
-            3.2); see :func:`pyra.pairing.energy_pairs`.
-            ``"local"``: neighbours on the patch grid before all others; see :func:`pyra.pairing.local_pairs`.
+            3.2); see :func:`pyra.kernels.pairing.energy_pairs`.
+            ``"local"``: neighbours on the patch grid before all others; see :func:`pyra.kernels.pairing.local_pairs`.
             ``"prune"``: the pairs of ``"bipartite"``, the sources dropped instead of merged: a control.
         threshold: cosine similarity in [-1, 1] under which a pair is not averaged: its source is dropped (weight 0),
             where merging would blur (cf. Token Fusion, arXiv 2312.01026). ``r`` tokens are removed all the same. Not
@@ -135,54 +134,26 @@ def match_tokens(
         raise ValueError("match_tokens: " + "; ".join(problems))
     batch, tokens, _ = features.shape
     p = min(num_prefix_tokens, tokens)
-    with torch.no_grad(), _without_autocast(features.device.type):
-        r = min(int(r), removable(tokens, p))
-        blocked = None
-        if protected is not None:
-            blocked = protected.to(features.device).expand(batch, tokens)
-            r = min(r, _removable_with(blocked, p, method))
-        unit = unit_vectors(features.detach())
-        if method == "energy":
-            pairs = energy_pairs(unit, r, p, blocked, margin)
-        elif method == "local":
-            assert grid_width is not None
-            pairs = local_pairs(unit, r, p, positions, grid_width, window)
-        else:
-            pairs, even = bipartite_pairs(unit, r, p, blocked)
-        if method in ("bipartite", "prune") and order == "grouped":
-            kept, target = _grouped(pairs.destination, even, tokens, p)
-        else:
-            kept, target = _in_sequence(pairs.source, pairs.destination, tokens)
-        weight = None
-        if method == "prune":
-            weight = torch.zeros_like(pairs.similarity, dtype=torch.float32)
-        elif threshold is not None:  # a similarity that is no number is under every threshold
-            weight = (pairs.similarity >= threshold).to(torch.float32)
-        return MergePlan(pairs.source, pairs.destination, kept, target, weight)
+    r = min(int(r), removable(tokens, p))
+    rules = Rules(order, method, margin, grid_width, window)
+    if protected is None:
+        matched = match(features, None, r, p, rules, positions)
+    else:
+        blocked = protected.to(features.device).expand(batch, tokens)
+        r = min(r, _removable_with(blocked, p, method))
+        matched = reference(features.detach(), None, r, p, rules, positions, blocked)
+    return plan_of(matched, method, threshold)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Keep autocast from rounding similarities: in bfloat16 nearly equal pairs would tie."""
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if lowered else nullcontext()
-
-
-def _grouped(destination: Tensor, even: Tensor, tokens: int, p: int) -> tuple[Tensor, Tensor]:
-    """Kept positions and targets in the published order, given the even positions that remain."""
-    positions = torch.arange(tokens, device=even.device).expand(even.shape[0], -1)
-    # Prefix tokens lead; even ones are never sources, so they head `even` in order.
-    kept = torch.cat([positions[:, :p], even[:, (p + 1) // 2 :], positions[:, 1::2][:, p // 2 :]], dim=1)
-    first_odd = kept.shape[1] - (tokens // 2 - p // 2)  # output row of the first odd token after the prefix
-    return kept, destination // 2 - p // 2 + first_odd
-
-
-def _in_sequence(source: Tensor, destination: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Kept positions and targets in the original order."""
-    positions = torch.arange(tokens, device=source.device).expand(source.shape[0], -1)
-    # Not `searchsorted`, which ONNX does not have.
-    kept = positions.scatter(1, source, tokens).sort(dim=1).values[:, : tokens - source.shape[1]]
-    rows = positions.scatter(1, kept, positions[:, : kept.shape[1]])
-    return kept, rows.gather(1, destination)
+def plan_of(matched: Matched, method: str, threshold: float | None) -> MergePlan:
+    """Return the plan of matched pairs: which are merged, and which dropped."""
+    *indices, similarity = matched
+    weight = None
+    if method == "prune":
+        weight = torch.zeros_like(similarity, dtype=torch.float32)
+    elif threshold is not None:  # a similarity that is no number is under every threshold
+        weight = (similarity >= threshold).to(torch.float32)
+    return MergePlan(*indices, weight)
 
 
 def _removable_with(blocked: Tensor, p: int, method: str) -> int:

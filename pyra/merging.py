@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyra.kernels.merge import Plan, flat, merge
 from pyra.matching import MergePlan
-from pyra.reactivation import reactivate
 
 
 def merge_tokens(
@@ -42,42 +42,11 @@ def merge_tokens(
             the shape of its sources.
     """
     _check(x, size, plan)
-    if size is None:
-        size = torch.ones(x.shape[0], x.shape[1], 1, device=x.device, dtype=_wide(x.dtype))
-    else:
-        size = size.to(_wide(size.dtype))
     if plan.removed == 0:
-        return _gather(x, plan.kept), _gather(size, plan.kept)
-    batch, channels = x.shape[0], x.shape[2]
-    # Rows of the flattened [B * rows, C] tensors: contiguous copies, no index expanded over channels.
-    kept, source, target = (
-        _flat(plan.kept, plan.num_tokens),
-        _flat(plan.source, plan.num_tokens),
-        _flat(plan.target, plan.kept.shape[1]),
-    )
-    tokens, sizes = x.reshape(-1, channels), size.reshape(-1, 1)
-    kept_size, source_size = sizes.index_select(0, kept), sizes.index_select(0, source)
-    moved = tokens.index_select(0, source)
-    if plan.weight is not None:
-        weight = plan.weight.reshape(-1, 1)
-        source_size = source_size * weight
-        # Times 0 would not do: a value that is no number stays one, and so does its gradient.
-        moved = torch.where(weight > 0, moved, 0)
-    merged_size = kept_size.index_add(0, target, source_size)
-    # Operations in place act on rows gathered here, which nothing else reads: each saves a pass through memory.
-    if reactivation is not None:
-        received = tokens.index_select(0, _flat(plan.destination, plan.num_tokens)).to(_wide(x.dtype))
-        pairs = received.mul_(kept_size.index_select(0, target)).addcmul_(moved, source_size).to(x.dtype)
-        shape = (batch, plan.removed, channels)
-        moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation, plan.weight)
-        moved = moved.reshape(-1, channels)
-    # Padding in padding (0 / 0) keeps its destination, stay = 1; every other size is divided as it is.
-    padding = merged_size == 0
-    divisor = merged_size + padding
-    stay = ((kept_size + padding) / divisor).to(x.dtype)
-    share = (source_size / divisor.index_select(0, target)).to(x.dtype)
-    merged = tokens.index_select(0, kept).mul_(stay).index_add_(0, target, moved.to(x.dtype) * share)
-    return merged.reshape(*plan.kept.shape, channels), merged_size.reshape(*plan.kept.shape, 1)
+        sizes = torch.ones_like(x[:, :, :1]) if size is None else size
+        sizes = sizes.to(torch.promote_types(torch.promote_types(sizes.dtype, x.dtype), torch.float32))
+        return _gather(x, plan.kept), _gather(sizes, plan.kept)
+    return merge(x, size, Plan(plan.source, plan.destination, plan.kept, plan.target, plan.weight), reactivation)
 
 
 def unmerge_tokens(merged: Tensor, plan: MergePlan) -> Tensor:
@@ -118,17 +87,7 @@ def spread(tokens: Tensor, source_map: Tensor) -> Tensor:
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` [B, N, C] at ``index`` [B, M] -> [B, M, C]."""
     # An embedding look-up gives the rows of `index_select`, but as no view, which FSDP2 would warn of.
-    return F.embedding(_flat(index, x.shape[1]).reshape(index.shape), x.reshape(-1, x.shape[2]))
-
-
-def _flat(index: Tensor, rows: int) -> Tensor:
-    """Positions [B, M] within a sample -> rows [B * M] of the flattened batch, ``rows`` rows a sample."""
-    first = torch.arange(index.shape[0], device=index.device)[:, None] * rows
-    return (index + first).reshape(-1)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return F.embedding(flat(index, x.shape[1]).reshape(index.shape), x.reshape(-1, x.shape[2]))
 
 
 def _check(x: Tensor, size: Tensor | None, plan: MergePlan) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyra.kernels.merge import reactivate
+
 
 class Reactivation(nn.Module):
     """The re-activation weights of one layer.
@@ -57,33 +59,9 @@ class Reactivation(nn.Module):
         self.norm.reset_parameters()
 
     def forward(self, source: Tensor, pairs: Tensor) -> Tensor:
-        """Modulate ``source`` [B, r, C] by ``pairs`` = ``M_s + M_t`` [B, r, C]; see :func:`reactivate`."""
+        """Modulate ``source`` [B, r, C] by ``pairs`` = ``M_s + M_t`` [B, r, C] (:func:`reactivate`)."""
         return reactivate(source, pairs, self)
 
     def extra_repr(self) -> str:
         """Return the sizes shown in ``print(model)``."""
         return f"max_pairs={self.pair_weight.shape[0]}, dim={self.channel_weight.shape[1]}"
-
-
-def reactivate(source: Tensor, pairs: Tensor, weights: nn.Module, counted: Tensor | None = None) -> Tensor:
-    """Modulate source tokens (equations 5-8 of the paper).
-
-    Args:
-        source: [B, r, C] tokens to modulate; the modulation is linear in them, so means or sums both do.
-        pairs: [B, r, C] ``M_s + M_t``, size-weighted sums of the matched pairs in rank order.
-        weights: a module with ``pair_weight``, ``channel_weight`` and ``norm``.
-        counted: [B, r], 0 for pairs that take no part (dropped tokens), 1 for the others; None means all do.
-
-    Returns:
-        [B, r, C].
-    """
-    info = weights.norm(pairs)  # type: ignore[operator]
-    if counted is not None:
-        info = info * counted.to(info.dtype).unsqueeze(-1)
-    pair_weight: Tensor = weights.pair_weight  # type: ignore[assignment]
-    channel_weight: Tensor = weights.channel_weight  # type: ignore[assignment]
-    rows = min(pair_weight.shape[0], pairs.shape[1])
-    channel_delta = pair_weight[:rows].T.to(info.dtype) @ info[:, :rows]
-    token_delta = info @ channel_weight.T.to(info.dtype)
-    gate = (2 * token_delta.sigmoid() - 1) * (2 * channel_delta.sigmoid())
-    return torch.addcmul(source, gate.to(source.dtype), source)

@@ -1,8 +1,8 @@
-"""One merging step, from keys to merged tokens; and the same as one operator, for the compiler.
+"""One merging step, from keys to merged tokens.
 
-Every layer has its own number of tokens, so no two layers share a compiled kernel, and on a CPU a C++ compiler runs for
-each of them: traced operator by operator, merging makes a 12-block ViT more than five times slower to compile. As one
-operator the step costs nothing to compile; so do its layer norms, each as one.
+Under a compiler for CPUs its parts are operators, as are the size bias and the layer norms of a layer that merges:
+every layer has its own number of tokens, so no two layers share a compiled kernel, and a C++ compiler runs for each of
+them (:func:`pyra.kernels.choice.as_operator`).
 
 Letters: ``B`` batch, ``N`` tokens, ``N0`` tokens at the first layer, ``C`` channels, ``H`` heads, ``d`` head channels,
 ``r`` tokens removed.
@@ -10,17 +10,15 @@ Letters: ``B`` batch, ``N`` tokens, ``N0`` tokens at the first layer, ``C`` chan
 
 from __future__ import annotations
 
-import functools
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyra.attention import size_bias
-from pyra.matching import match_tokens
-from pyra.merging import compose_source_maps, merge_tokens
+from pyra.kernels.match import Rules, match
+from pyra.kernels.merge import Plan, merge
+from pyra.matching import MergePlan, plan_of
+from pyra.merging import compose_source_maps
 
 Merged = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -35,13 +33,9 @@ def merge_step(
     reactivation: nn.Module | None,
     removed: int,
     prefix: int,
-    *,
-    order: str,
-    method: str,
-    threshold: float | None,
-    margin: float,
-    grid_width: int | None,
-    window: int,
+    rules: Rules,
+    threshold: float | None = None,
+    backend: str = "auto",
 ) -> Merged:
     """Match and merge the tokens of one layer, and follow them.
 
@@ -53,22 +47,65 @@ def merge_step(
         keys: keys of all heads, [B, H, N, d] or [B, N, H, d]; their mean over heads is what is compared.
         heads: axis of the heads in ``keys``.
         reactivation: module with ``pair_weight``, ``channel_weight`` and ``norm``; None merges plainly.
-        removed: tokens to remove (``r``).
+        removed: tokens to remove (``r``), no more than can be.
         prefix: leading tokens that never merge.
-        order, method, threshold, margin, grid_width, window: as in :func:`pyra.match_tokens`.
+        rules: how pairs are found.
+        threshold: as in :func:`pyra.match_tokens`.
+        backend: what runs, as in :class:`pyra.PyraConfig`.
 
     Returns:
         Tokens [B, N - r, C], size [B, N - r, 1] int32, source map [B, N0], positions [B, N - r].
     """
-    state: tuple[Any, ...] = (tokens, size, source_map, positions, keys, heads)
-    how: tuple[Any, ...] = (removed, prefix, order, method, threshold, margin, grid_width, window)
-    if _compiled_for_inference(tokens):
-        if reactivation is None:
-            return torch.ops.pyra.merge_step(*state, None, None, None, None, 0.0, *how)
-        if isinstance(norm := reactivation.norm, nn.LayerNorm):
-            weights = (reactivation.pair_weight, reactivation.channel_weight, norm.weight, norm.bias, norm.eps)
-            return torch.ops.pyra.merge_step(*state, *weights, *how)
-    return _merge_step(*(*state, reactivation, *how))
+    matched = match(keys, heads, removed, prefix, rules, positions, backend)
+    plan = plan_of(matched, rules.method, threshold)
+    indices = (plan.source, plan.destination, plan.kept, plan.target)
+    merged, total = merge(tokens, size, Plan(*indices, plan.weight), reactivation, backend)
+    follow = torch.ops.pyra.follow_tokens if _compiled_on_a_cpu(tokens) else _follow
+    return merged, *follow(total.detach(), source_map, positions, *indices)
+
+
+def _follow(
+    total: Tensor,
+    source_map: Tensor | None,
+    positions: Tensor | None,
+    source: Tensor,
+    destination: Tensor,
+    kept: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes as whole numbers, and where every original token is now."""
+    plan = MergePlan(source, destination, kept, target)
+    places = kept if positions is None else positions.gather(1, kept)
+    return total.to(torch.int32), compose_source_maps(source_map, plan), places
+
+
+@torch.library.custom_op("pyra::follow_tokens", mutates_args=())
+def _follow_operator(
+    total: Tensor,
+    source_map: Tensor | None,
+    positions: Tensor | None,
+    source: Tensor,
+    destination: Tensor,
+    kept: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size, rows, places = _follow(total, source_map, positions, source, destination, kept, target)
+    return size, rows, places.clone() if places is kept else places  # an operator returns none of its inputs
+
+
+@_follow_operator.register_fake
+def _follow_shapes(
+    total: Tensor,
+    source_map: Tensor | None,
+    positions: Tensor | None,
+    source: Tensor,
+    destination: Tensor,
+    kept: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    original = source.shape[1] + kept.shape[1] if source_map is None else source_map.shape[1]
+    rows = kept.new_empty(kept.shape[0], original)
+    return total.new_empty(total.shape, dtype=torch.int32), rows, torch.empty_like(kept)
 
 
 def proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,109 +132,14 @@ def layer_norm(norm: nn.Module, tokens: Tensor, kinds: tuple[type[nn.Module], ..
     return norm(tokens)
 
 
+def _compiled_on_a_cpu(tokens: Tensor) -> bool:
+    """Whether a compiler for CPUs traces; an exporter wants plain operators."""
+    return tokens.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def _compiled_for_inference(tokens: Tensor) -> bool:
-    """Whether a compiler for CPUs traces without gradients; an exporter wants plain operators."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and not torch.is_grad_enabled()
-        and tokens.device.type == "cpu"
-    )
-
-
-def _merge_step(
-    tokens: Tensor,
-    size: Tensor | None,
-    source_map: Tensor | None,
-    positions: Tensor | None,
-    keys: Tensor,
-    heads: int,
-    reactivation: Any,
-    removed: int,
-    prefix: int,
-    order: Any,
-    method: str,
-    threshold: float | None,
-    margin: float,
-    grid_width: int | None,
-    window: int,
-) -> Merged:
-    plan = match_tokens(
-        keys.mean(dim=heads),
-        removed,
-        num_prefix_tokens=prefix,
-        order=order,
-        method=method,
-        threshold=threshold,
-        margin=margin,
-        positions=positions,
-        grid_width=grid_width,
-        window=window,
-    )
-    exact = None if size is None else size.to(torch.promote_types(tokens.dtype, torch.float32))
-    merged, exact = merge_tokens(tokens, exact, plan, reactivation)
-    places = plan.kept if positions is None else positions.gather(1, plan.kept)
-    return merged, exact.to(torch.int32), compose_source_maps(source_map, plan), places
-
-
-@torch.library.custom_op("pyra::merge_step", mutates_args=())
-def _operator(
-    tokens: Tensor,
-    size: Tensor | None,
-    source_map: Tensor | None,
-    positions: Tensor | None,
-    keys: Tensor,
-    heads: int,
-    pair_weight: Tensor | None,
-    channel_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    removed: int,
-    prefix: int,
-    order: str,
-    method: str,
-    threshold: float | None,
-    margin: float,
-    grid_width: int | None,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = None
-    if pair_weight is not None:
-        assert norm_weight is not None
-        norm = functools.partial(
-            F.layer_norm, normalized_shape=norm_weight.shape, weight=norm_weight, bias=norm_bias, eps=norm_eps
-        )
-        weights = SimpleNamespace(pair_weight=pair_weight, channel_weight=channel_weight, norm=norm)
-    how: tuple[Any, ...] = (removed, prefix, order, method, threshold, margin, grid_width, window)
-    return _merge_step(tokens, size, source_map, positions, keys, heads, weights, *how)
-
-
-@_operator.register_fake
-def _shapes(
-    tokens: Tensor,
-    size: Tensor | None,
-    source_map: Tensor | None,
-    positions: Tensor | None,
-    keys: Tensor,
-    heads: int,
-    pair_weight: Tensor | None,
-    channel_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    removed: int,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, count, channels = tokens.shape
-    left = count - removed
-    original = count if source_map is None else source_map.shape[1]
-    return (
-        tokens.new_empty(batch, left, channels),
-        tokens.new_empty(batch, left, 1, dtype=torch.int32),
-        tokens.new_empty(batch, original, dtype=torch.int64),
-        tokens.new_empty(batch, left, dtype=torch.int64),
-    )
+    """Whether it traces without gradients."""
+    return _compiled_on_a_cpu(tokens) and not torch.is_grad_enabled()
 
 
 def _proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:

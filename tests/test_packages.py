@@ -38,7 +38,7 @@ ALLOWED = {
     "triton": ("pyra/kernels/*",),
 }
 # the parts of the mechanism that models and exporters are built from, never the other way round
-MECHANISM = ("matching", "pairing", "merging", "reactivation", "schedule", "cost", "attention", "config")
+MECHANISM = ("matching", "merging", "reactivation", "schedule", "cost", "attention", "config")
 
 
 def package_files() -> Iterator[tuple[str, Path]]:

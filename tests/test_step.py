@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from pyra import Reactivation
+from pyra import match_tokens
+from pyra.kernels.match import Rules
 from pyra.step import layer_norm, merge_step, proportional_bias
 
-HOW = {"order": "grouped", "threshold": None, "margin": 0.5, "grid_width": None, "window": 1}
-PLAIN = (4, 1, "grouped", "bipartite", None, 0.5, None, 1)
+RULES = Rules("grouped", "bipartite", 0.5, None, 1)
 
 
 def state(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
@@ -24,27 +24,23 @@ def state(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, T
     return tokens, size, source_map, positions, torch.randn(3, 2, 17, 8, generator=generator).to(dtype), 1
 
 
-def weights() -> Reactivation:
-    torch.manual_seed(1)
-    module = Reactivation(4, 16)
-    nn.init.normal_(module.channel_weight)
-    nn.init.normal_(module.norm.weight)
-    return module.requires_grad_(False)
+@pytest.mark.parametrize("begun", [True, False])
+def test_following_tokens_as_an_operator(begun: bool) -> None:
+    plan = match_tokens(state()[4].mean(1), 4)
+    before = state()[2:4] if begun else (None, None)
+    arguments = (torch.ones(3, 13, 1), *before, plan.source, plan.destination, plan.kept, plan.target)
+    opcheck(torch.ops.pyra.follow_tokens.default, arguments)
 
 
 @pytest.mark.parametrize("begun", [True, False])
-@pytest.mark.parametrize("reactivated", [True, False])
-def test_merge_step_as_an_operator(begun: bool, reactivated: bool) -> None:
+@torch.no_grad()
+def test_a_compiled_step_is_the_step(begun: bool) -> None:
     tokens, size, source_map, positions, keys, heads = state()
     before = (size, source_map, positions) if begun else (None, None, None)
-    module = weights() if reactivated else None
-    trained = (
-        (module.pair_weight, module.channel_weight, module.norm.weight, module.norm.bias) if module else [None] * 4
-    )
-    arguments = (tokens, *before, keys, heads, *trained, 1e-5, *PLAIN)
-    opcheck(torch.ops.pyra.merge_step.default, arguments)
-    expected = merge_step(tokens, *before, keys, heads, module, 4, 1, method="bipartite", **HOW)
-    for actual, value in zip(torch.ops.pyra.merge_step(*arguments), expected, strict=True):
+    torch.compiler.reset()
+    compiled = torch.compile(merge_step, backend="eager", fullgraph=True)
+    arguments = (tokens, *before, keys, heads, None, 4, 1, RULES)
+    for actual, value in zip(compiled(*arguments), merge_step(*arguments), strict=True):
         assert actual.dtype == value.dtype and torch.equal(actual, value)
 
 

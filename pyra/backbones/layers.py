@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyra.config import PyraConfig
 from pyra.errors import ScheduleError
+from pyra.kernels.match import Rules
 from pyra.matching import removable
 from pyra.merging import spread
 from pyra.reactivation import Reactivation
@@ -149,12 +150,15 @@ class MergingLayer(nn.Module):
                 getattr(self, "reactivation", None),
                 step.removed,
                 step.prefix,
-                order=config.order,
-                method=config.matching,
-                threshold=config.threshold,
-                margin=0.9 - 0.9 * step.layer / step.depth,  # as in PiToMe: later layers count more tokens as alike
-                grid_width=step.grid_width(entered),
-                window=config.window,
+                Rules(
+                    order=config.order,
+                    method=config.matching,
+                    margin=0.9 - 0.9 * step.layer / step.depth,  # as in PiToMe: later layers count more tokens as alike
+                    grid_width=step.grid_width(entered),
+                    window=config.window,
+                ),
+                config.threshold,
+                config.backend,
             )
         )
 

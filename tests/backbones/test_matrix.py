@@ -165,7 +165,7 @@ def autocast_bf16(family: str) -> None:
     """As exact as the plain model, when both precisions merge the same pairs."""
     inputs, plans = FAMILIES[family].inputs(), []
     plain, model = build(family), merging(family)
-    find = merging_step.match_tokens
+    find = merging_step.match
 
     def remember(*args: Any, **kwargs: Any) -> Any:
         plans.append(find(*args, **kwargs))
@@ -176,10 +176,10 @@ def autocast_bf16(family: str) -> None:
             return values(some, inputs).float()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging_step, "match_tokens", remember)
+        patch.setattr(merging_step, "match", remember)
         exact = values(model, inputs)
         assert len(plans) == 2
-        patch.setattr(merging_step, "match_tokens", lambda *_args, **_kwargs: plans.pop(0))
+        patch.setattr(merging_step, "match", lambda *_args, **_kwargs: plans.pop(0))
         error = float((lowered(model) - exact).abs().max())
     limit = float((lowered(plain) - values(plain, inputs)).abs().max())
     assert 0 < error <= 2 * limit + torch.finfo(torch.bfloat16).eps * float(exact.abs().max())

@@ -1,0 +1,115 @@
+"""Which implementation runs: plain PyTorch, or Triton kernels on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pyra.errors import KernelError
+
+BACKENDS: tuple[str, ...] = ("auto", "reference", "triton")
+
+_chosen = "auto"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the implementation of matching and merging for a block of code.
+
+    The choice is the process's: other threads see it, too. A compiled model keeps the one it was compiled with.
+
+    Args:
+        name: ``"auto"``, Triton on a GPU where it can run and plain PyTorch elsewhere; ``"reference"``, plain PyTorch;
+            ``"triton"``, Triton or an error. On a CPU Triton runs only in its interpreter (``TRITON_INTERPRET=1``).
+
+    Raises:
+        KernelError: for another name, or where Triton was asked for and cannot run.
+
+    Example:
+        >>> with backend("reference"):
+        ...     pass
+    """
+    global _chosen
+    if name not in BACKENDS:
+        raise KernelError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and (reason := _no_triton()):
+        raise KernelError(f"backend 'triton' cannot run: {reason}; use 'auto' or 'reference'")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def as_operator(tensor: Tensor, name: str = "auto") -> bool:
+    """Whether matching and merging run as the operators of this package, in a graph or at once.
+
+    ``name`` is the backend asked for; ``"auto"`` leaves it to :func:`backend`.
+
+    An exported graph holds plain operators, which run anywhere. A compiler for CPUs gets operators: every layer has its
+    own number of tokens, so no two layers share a compiled kernel, and traced one by one the many small operations of
+    a merging step make a 12-block ViT more than five times slower to compile.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    if torch.compiler.is_compiling() and tensor.device.type == "cpu":
+        return True
+    return runs_triton(tensor, name)
+
+
+def runs_triton(tensor: Tensor, name: str = "auto") -> bool:
+    """Whether Triton's kernels are to be used for a tensor; ``name`` as in :func:`as_operator`.
+
+    Raises:
+        KernelError: where Triton was asked for and cannot run on the tensor's device.
+    """
+    name = _chosen if name == "auto" else name
+    if name == "reference":
+        return False
+    reason = _no_triton_on(tensor, name)
+    if reason is None:
+        return True
+    if name == "triton":
+        raise KernelError(f"backend 'triton' cannot run: {reason}; use 'auto' or 'reference'")
+    if tensor.device.type == "cuda":
+        _say_once(f"pyra: merging runs in plain PyTorch on this GPU: {reason}")
+    return False
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _no_triton_on(tensor: Tensor, name: str) -> str | None:
+    device = tensor.device.type
+    if tensor.dtype == torch.float64:
+        return "the kernels compute in float32, and the tensors are float64"
+    if device == "cuda" or (device == "cpu" and interpreted() and name == "triton"):
+        return _no_triton()
+    return f"the tensors are on {device}" + (", and TRITON_INTERPRET=1 is not set" if device == "cpu" else "")
+
+
+@cache
+def _no_triton() -> str | None:
+    """What keeps Triton from running in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,213 @@
+"""Bipartite matching on a GPU: one program a sample, no score matrix in device memory, the same plan on every run.
+
+Even tokens are rows, odd tokens columns. Tile by tile a program takes the mean of the keys over heads, normalises it,
+multiplies rows by columns and keeps each row's best column. Rows are then ranked by counting how many are better, which
+needs no sort and leaves nothing to chance: of equal rows the one of lower index comes first, and a row that has a
+similarity that is no number comes before all others. Ranks give the plan.
+
+Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``r`` tokens removed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WARPS = 8
+NOT_A_NUMBER = tl.constexpr(2.0)  # stands for a row's best similarity where one is no number: above every cosine
+NOTHING_YET = tl.constexpr(-2.0)  # below every cosine
+
+
+@triton.jit
+def unit_rows(
+    features,
+    first,
+    stop,
+    step,
+    stride_h,
+    stride_n,
+    stride_d,
+    HEADS: tl.constexpr,
+    dim,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Mean over heads of rows ``first, first + step, ...`` before ``stop``, at length 1: [ROWS, DIM] float32."""
+    row = first + step * tl.arange(0, ROWS)
+    channel = tl.arange(0, DIM)
+    at = features + row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
+    inside = (row[:, None] < stop) & (channel[None, :] < dim)
+    total = tl.zeros([ROWS, DIM], dtype=tl.float32)
+    for head in range(HEADS):
+        total += tl.load(at + head * stride_h, mask=inside, other=0.0).to(tl.float32)
+    mean = total / HEADS
+    length = tl.sqrt(tl.sum(mean * mean, axis=1))
+    return mean / tl.maximum(length, 1e-12)[:, None]
+
+
+@triton.jit
+def match_kernel(
+    features,
+    best,
+    partner,
+    before,
+    source,
+    destination,
+    kept,
+    target,
+    similarity,
+    tokens,
+    dim,
+    prefix,
+    removed,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_d,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """Match one sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    rows, columns, left = (tokens + 1) // 2, tokens // 2, tokens - removed
+    first_row, first_column = (prefix + 1) // 2, prefix // 2
+    features += sample * stride_b
+    best += sample * rows
+    partner += sample * rows
+    before += sample * rows
+    source += sample * removed
+    destination += sample * removed
+    target += sample * removed
+    similarity += sample * removed
+    kept += sample * left
+
+    for start in range(first_row, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        a = unit_rows(features, 2 * start, tokens, 2, stride_h, stride_n, stride_d, HEADS, dim, ROWS, DIM)
+        top = tl.full([ROWS], NOTHING_YET, tl.float32)
+        choice = tl.full([ROWS], 0, tl.int32) + first_column
+        for other in range(first_column, columns, COLUMNS):
+            column = other + tl.arange(0, COLUMNS)
+            b = unit_rows(features, 2 * other + 1, tokens, 2, stride_h, stride_n, stride_d, HEADS, dim, COLUMNS, DIM)
+            scores = tl.dot(a, tl.trans(b), input_precision="tf32x3")
+            scores = tl.where(scores == scores, scores, NOT_A_NUMBER)
+            scores = tl.where(column[None, :] < columns, scores, NOTHING_YET)
+            here, index = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
+            better = here > top
+            top = tl.where(better, here, top)
+            choice = tl.where(better, other + index, choice)
+        tl.store(best + row, top, mask=row < rows)
+        tl.store(partner + row, choice, mask=row < rows)
+    tl.debug_barrier()
+
+    # Rank the rows; `before` holds how many rows up to each, itself included, are sources.
+    gone = tl.zeros([], dtype=tl.int32)
+    for start in range(first_row, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mine = tl.load(best + row, mask=row < rows, other=-3.0)
+        rank = tl.zeros([ROWS], dtype=tl.int32)
+        for other in range(first_row, rows, COLUMNS):
+            rival = other + tl.arange(0, COLUMNS)
+            theirs = tl.load(best + rival, mask=rival < rows, other=-3.0)
+            ahead = (theirs[None, :] > mine[:, None]) | (
+                (theirs[None, :] == mine[:, None]) & (rival[None, :] < row[:, None])
+            )
+            rank += tl.sum((ahead & (rival[None, :] < rows)).to(tl.int32), axis=1)
+        chosen = (rank < removed) & (row < rows)
+        column = tl.load(partner + row, mask=row < rows, other=0)
+        tl.store(source + rank, 2 * row.to(tl.int64), mask=chosen)
+        tl.store(destination + rank, 2 * column.to(tl.int64) + 1, mask=chosen)
+        tl.store(similarity + rank, tl.where(mine == NOT_A_NUMBER, float("nan"), mine), mask=chosen)
+        so_far = gone + tl.cumsum(chosen.to(tl.int32), axis=0)
+        gone += tl.sum(chosen.to(tl.int32), axis=0)
+        tl.store(before + row, so_far, mask=row < rows)
+        if GROUPED:
+            tl.store(target + rank, (left - (columns - first_column) + column - first_column).to(tl.int64), mask=chosen)
+            place = prefix + row - first_row - so_far
+        else:
+            place = 2 * row - so_far
+        tl.store(kept + place, 2 * row.to(tl.int64), mask=(row < rows) & (rank >= removed))
+    tl.debug_barrier()
+
+    for start in range(0, prefix, ROWS):
+        position = start + tl.arange(0, ROWS)
+        tl.store(kept + position, position.to(tl.int64), mask=position < prefix)
+    for start in range(first_column, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        if GROUPED:
+            place = left - columns + column
+        else:
+            # Sources at or before row `column` stand before odd position 2 * column + 1; prefix rows have none.
+            place = 2 * column + 1 - tl.load(before + column, mask=(column < columns) & (column >= first_row), other=0)
+        tl.store(kept + place, 2 * column.to(tl.int64) + 1, mask=column < columns)
+    if not GROUPED:
+        for start in range(0, removed, ROWS):
+            rank = start + tl.arange(0, ROWS)
+            position = tl.load(destination + rank, mask=rank < removed, other=1)
+            row = position // 2
+            gone_before = tl.load(before + row, mask=(rank < removed) & (row >= first_row), other=0)
+            tl.store(target + rank, position - gone_before, mask=rank < removed)
+
+
+def match_bipartite(
+    features: Tensor, heads: int | None, r: int, prefix: int, order: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Match as :func:`pyra.kernels.match.reference` does with ``"bipartite"``.
+
+    Args:
+        features: [B, N, D], [B, H, N, D] or [B, N, H, D], of any strides.
+        heads: axis of the heads, None without.
+        r: tokens to remove, no more than can be.
+        prefix: leading tokens that take no part.
+        order: ``"grouped"`` or ``"sequence"``.
+
+    Returns:
+        Source, destination, kept, target (int64) and similarity (float32).
+    """
+    if heads is None:
+        features, heads = features.unsqueeze(1), 1
+    if heads == 2:
+        features = features.transpose(1, 2)
+    batch, count, tokens, dim = features.shape
+    rows = (tokens + 1) // 2
+    new = features.new_empty
+    best, partner = new(batch, rows, dtype=torch.float32), new(batch, rows, dtype=torch.int32)
+    source, destination, target = (new(batch, r, dtype=torch.int64) for _ in range(3))
+    kept, similarity = new(batch, tokens - r, dtype=torch.int64), new(batch, r, dtype=torch.float32)
+    if batch:
+        rows_a_tile, width = tile(tokens, dim)
+        match_kernel[(batch,)](
+            features,
+            best,
+            partner,
+            torch.empty_like(partner),
+            source,
+            destination,
+            kept,
+            target,
+            similarity,
+            tokens,
+            dim,
+            prefix,
+            r,
+            *features.stride(),
+            HEADS=count,
+            DIM=width,
+            ROWS=rows_a_tile,
+            COLUMNS=rows_a_tile,
+            GROUPED=order == "grouped",
+            num_warps=WARPS,
+        )
+    return source, destination, kept, target, similarity
+
+
+def tile(tokens: int, dim: int) -> tuple[int, int]:
+    """Rows and channels of a tile: no larger than registers hold, at least 16 (what a tensor core takes)."""
+    width = max(triton.next_power_of_2(dim), 16)
+    most = 64 if width <= 64 else 32
+    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), most), width

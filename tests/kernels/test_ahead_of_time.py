@@ -1,0 +1,86 @@
+"""Every kernel compiles for the GPUs it is meant for, on any machine; registers and shared memory are printed (-rP)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyra.kernels.choice import interpreted
+
+triton = pytest.importorskip("triton", reason="triton has no build for this platform")
+pytestmark = [
+    pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1 replaces the compiler"),
+    pytest.mark.slow,  # half a minute of compiling
+]
+CAPABILITIES = (80, 90, 100)
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}  # bytes a program may use
+STRIDES = ("stride_b", "stride_n", "stride_h", "stride_gb", "stride_gn", "stride_sb", "stride_s")
+FLOATS = (
+    "best similarity merged_size channel_gate pair_gate weight sums_gradient token_gradient pair_weight_gradient "
+    "channel_weight_gradient norm_weight_gradient norm_bias_gradient"
+)
+TYPES = (
+    dict.fromkeys(["source", "destination", "kept", "target"], "*i64")
+    | dict.fromkeys(["partner", "before", "by_row", "first", "sizes"], "*i32")
+    | dict.fromkeys(FLOATS.split(), "*fp32")
+    | dict.fromkeys(["features", "x", "gradient", "merged", "out"], "*bf16")
+    | dict.fromkeys(["pair_weight", "channel_weight", "norm_weight", "norm_bias"], "*bf16")
+    | {"eps": "fp32"}
+)
+WHOLE = {"HAS_SIZE": True, "HAS_WEIGHT": False, "REACTIVATED": True, "SCALED": True, "SHIFTED": True}
+UNIT = {"stride_c": 1, "stride_d": 1, "stride_gc": 1}
+
+
+def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """Kernel, constants and warps as the launchers choose them for ViT-B, ViT-L and SigLIP-So400m."""
+    from pyra.kernels import match_triton as m
+    from pyra.kernels import merge_triton as g
+
+    found: dict[str, tuple[Any, dict[str, Any], int]] = {}
+    for name, tokens, heads, dim in (("vit-b", 197, 12, 64), ("vit-l-384", 577, 16, 64), ("so400m", 729, 16, 72)):
+        rows, width = m.tile(tokens, dim)
+        constants = {"HEADS": heads, "DIM": width, "ROWS": rows, "COLUMNS": rows, "GROUPED": True}
+        found[f"match-{name}"] = (m.match_kernel, constants, m.WARPS)
+    for name, channels in (("vit-b", 768), ("so400m", 1152)):
+        width = {"CHANNELS": triton.next_power_of_2(channels)}
+        pairs, rows, tile = {"PAIRS": g.PAIRS_A_TILE}, {"ROWS": g.ROWS_A_PROGRAM}, {"TILE": g.INDICES_A_TILE}
+        found[f"prepare-{name}"] = (g.prepare_kernel, width | pairs | tile | WHOLE, g.PAIRS_WARPS)
+        found[f"merge-{name}"] = (g.merge_kernel, width | rows | WHOLE, g.ROWS_WARPS)
+        found[f"pairs-backward-{name}"] = (g.pairs_backward_kernel, width | pairs | WHOLE, g.PAIRS_WARPS)
+        found[f"tokens-backward-{name}"] = (g.tokens_backward_kernel, width | rows | WHOLE, g.ROWS_WARPS)
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_ahead_of_time(capability: int, tmp_path: Path) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for name, (kernel, constants, warps) in variants().items():
+        names = kernel.arg_names
+        fixed = {key: value for key, value in (UNIT | constants).items() if key in names}
+        signature = {n: "constexpr" if n in fixed else TYPES.get(n, "i64" if n in STRIDES else "i32") for n in names}
+        source = ASTSource(kernel, signature, {(names.index(key),): value for key, value in fixed.items()})
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        registers, stack = resources(binary.asm["cubin"], tmp_path / "kernel.cubin")
+        print(f"sm_{capability} {name}: {registers} registers, {stack} B spilled, {binary.metadata.shared} B shared")
+        assert binary.metadata.shared <= SHARED_MEMORY[capability]
+        assert registers <= 255 and stack <= 1024
+
+
+def resources(binary: bytes, file: Path) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, as the tool that comes with triton reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file.write_bytes(binary)
+    said = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    return int(found[1]), int(found[2])

@@ -1,0 +1,220 @@
+"""Triton's kernels against the references: on any machine in Triton's interpreter (``make test-kernels``), or on a GPU.
+
+Outputs are compared with the reference in float64; the error allowed is that of the reference in the same precision.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support_for_kernels import SIZES, TRAINED, doubled, plan_for, sizes, tokens_for, weights_for
+from torch import Tensor
+
+from pyra import PyraConfig, Reactivation, match_tokens, merge_tokens
+from pyra.errors import KernelError
+from pyra.kernels import backend, match, merge
+from pyra.kernels.choice import interpreted, runs_triton
+from pyra.kernels.match import Rules
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not interpreted(), reason="needs a GPU, or TRITON_INTERPRET=1 (make test-kernels)"
+)
+# tokens, prefix, heads, channels of a head
+KEYS = [
+    (197, 1, 12, 64),
+    (257, 1, 6, 64),
+    (198, 2, 3, 64),
+    (196, 0, 2, 72),
+    (301, 5, 1, 80),
+    (17, 1, 2, 8),
+    (5, 1, 1, 4),
+]
+KEYS += [(6, 5, 1, 8), (3, 1, 1, 8), (2, 2, 1, 8), (1, 1, 1, 8)]
+STRIDES = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every-second": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill every new tensor with what no result may contain, so that nothing is left unwritten."""
+
+    def fill(self: Tensor, *shape: object, **options: object) -> Tensor:
+        made = plain(self, *shape, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).min)
+
+    plain = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", fill)
+    with backend("triton"):
+        yield
+
+
+def rules(order: str = "grouped", method: str = "bipartite") -> Rules:
+    return Rules(order, method, 0.5, None, 1)
+
+
+def assert_same_plan(keys: Tensor, heads: int, removed: int, prefix: int, order: str) -> None:
+    found = match.match(keys, heads, removed, prefix, rules(order))
+    expected = match.reference(keys, heads, removed, prefix, rules(order), None)
+    for name, actual, value in zip(match.Matched._fields, found, expected, strict=True):
+        if name == "similarity":
+            torch.testing.assert_close(actual, value, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(actual, value), name
+    again = match.match(keys, heads, removed, prefix, rules(order))
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "heads", "dim"), KEYS)
+@pytest.mark.parametrize("order", ["grouped", "sequence"])
+def test_matches_as_the_reference(tokens: int, prefix: int, heads: int, dim: int, order: str) -> None:
+    keys = torch.randn(2, heads, tokens, dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    most = max((tokens - prefix) // 2, 0)
+    for removed in sorted({0, min(1, most), most // 2, most}):
+        assert_same_plan(keys, 1, removed, prefix, order)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_matches_keys_of_any_strides(strides: str, heads: int) -> None:
+    keys = torch.randn(3, 4, 33, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    keys = keys.transpose(1, 2) if heads == 2 else keys
+    assert_same_plan(STRIDES[strides](keys), heads, 9, 1, "grouped")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matches_half_precision_as_the_same_numbers_in_full(dtype: torch.dtype) -> None:
+    keys = torch.randn(2, 1, 65, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    found = match.match(keys, 1, 20, 1, rules())
+    expected = match.reference(keys.float(), 1, 20, 1, rules(), None)
+    assert all(torch.equal(*pair) for pair in zip(found[:4], expected[:4], strict=True))
+
+
+def test_equal_tokens_match_in_order() -> None:
+    keys = torch.ones(1, 1, 9, 4, device=DEVICE)
+    found = match.match(keys, 1, 3, 1, rules())
+    assert found.source.tolist() == [[2, 4, 6]] and found.destination.tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("order", ["grouped", "sequence"])
+def test_numbers_that_are_none_give_some_valid_plan_and_leave_other_samples_alone(value: float, order: str) -> None:
+    keys = torch.randn(3, 1, 18, 8, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    clean = match.match(keys, 1, 6, 2, rules(order))
+    keys[1, 0, 5] = value
+    found = match.match(keys, 1, 6, 2, rules(order))
+    assert all(torch.equal(a[0::2], b[0::2]) for a, b in zip(found, clean, strict=True))
+    everything = torch.cat([found.source, found.kept], dim=1).sort(dim=1).values
+    assert torch.equal(everything, torch.arange(18, device=DEVICE).expand(3, -1))
+    assert (found.source >= 2).all() and (found.destination >= 2).all()
+    assert torch.equal(found.kept.gather(1, found.target), found.destination)
+
+
+def errors(dtype: torch.dtype, plan: merge.Plan, size: Tensor | None, weights: merge.Weights | None) -> None:
+    """Compare tokens, sizes and gradients with the reference in float64, and with the reference's own error."""
+    tokens = plan.kept.shape[1] + plan.source.shape[1]
+    x = tokens_for(tokens, weights.channel.shape[1] if weights else 24).to(DEVICE, dtype)
+    cast = None if weights is None else merge.Weights(*(t if t is None else t.to(dtype) for t in weights[:4]), 1e-5)
+    tensors = (None, None, None, None, 0.0) if cast is None else cast
+    merged, total = torch.ops.pyra.merge_tokens(x, size, *plan, *tensors, "triton")
+    gradient = torch.randn(merged.shape, generator=torch.Generator().manual_seed(6)).to(DEVICE, dtype)
+    found = torch.ops.pyra.merge_tokens_backward(gradient, total, x, size, *plan, *tensors, "triton")
+    wide_plan = plan._replace(weight=None if plan.weight is None else plan.weight.double())
+    wide_size = torch.ones(x.shape[0], tokens, 1, device=DEVICE).double() if size is None else size.double()
+    exact, exact_total = merge.reference(x.double(), wide_size, wide_plan, doubled(cast))
+    exact_found = merge.reference_backward(
+        gradient.double(), exact_total, x.double(), wide_size, wide_plan, doubled(cast)
+    )
+    eager, _ = merge.reference(x, size, plan, cast)
+    eager_found = merge.reference_backward(gradient, total, x, size, plan, cast)
+    assert torch.equal(total.double(), exact_total)
+    pairs = [(merged, eager, exact), *zip(found, eager_found, exact_found, strict=True)]
+    for actual, same_precision, value in pairs:
+        if value.numel():
+            # In float32 both are exact to what sums of numbers of order 1 can be, which luck must not undercut.
+            scale = float(value.abs().max()) if dtype != torch.float32 else 8 * (1 + float(value.abs().max()))
+            allowed = 2 * float((same_precision - value).abs().max()) + scale * torch.finfo(dtype).eps
+            assert actual.dtype == dtype and float((actual - value).abs().max()) <= allowed
+    again = torch.ops.pyra.merge_tokens(x, size, *plan, *tensors, "triton")
+    assert torch.equal(again[0], merged) and torch.equal(again[1], total)
+    twice = torch.ops.pyra.merge_tokens_backward(gradient, total, x, size, *plan, *tensors, "triton")
+    assert all(torch.equal(*pair) for pair in zip(found, twice, strict=True))
+
+
+@pytest.mark.parametrize(("size", "trained"), list(itertools.product(SIZES, TRAINED)))
+@pytest.mark.parametrize("dropping", [False, True])
+def test_merges_as_the_reference(size: str, trained: str, dropping: bool) -> None:
+    for tokens, prefix, channels in ((17, 1, 16), (16, 0, 8), (9, 2, 24)):
+        for removed in {1, (tokens - prefix) // 2}:
+            plan = to_device(plan_for(tokens, prefix, removed, dropping))
+            counts = sizes(size, tokens)
+            weights = weights_for(trained, removed, channels)
+            errors(torch.float32, plan, None if counts is None else counts.to(DEVICE), to_device(weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", ["plainly", "affine"])
+def test_merges_in_half_precision(trained: str, dtype: torch.dtype) -> None:
+    plan = to_device(plan_for(33, 1, 12))
+    errors(dtype, plan, sizes("whole", 33).to(DEVICE), to_device(weights_for(trained, 12, 40)))
+
+
+def to_device(parts):  # type: ignore[no-untyped-def]
+    if parts is None:
+        return None
+    return type(parts)(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in parts))
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_merges_tokens_of_any_strides(strides: str) -> None:
+    plan, x = to_device(plan_for(17, 1, 6, batch=2)), STRIDES[strides](tokens_for(17, 16).to(DEVICE))
+    weights = to_device(weights_for("affine", 6, 16))
+    merged, total = torch.ops.pyra.merge_tokens(x, None, *plan, *weights, "triton")
+    expected, _ = merge.reference(x, None, plan, weights)
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    gradient = STRIDES[strides](torch.randn_like(merged))
+    found = torch.ops.pyra.merge_tokens_backward(gradient, total, x, None, *plan, *weights, "triton")
+    exact = merge.reference_backward(gradient, total, x, None, plan, weights)
+    torch.testing.assert_close(list(found), list(exact), rtol=1e-4, atol=1e-4)
+
+
+def test_a_dropped_token_that_is_no_number_reaches_nothing() -> None:
+    plan = to_device(plan_for(17, 1, 6))
+    plan = plan._replace(weight=torch.zeros(2, 6, device=DEVICE))
+    x, weights = tokens_for(17, 16).to(DEVICE), to_device(weights_for("affine", 6, 16))
+    x[torch.arange(2)[:, None], plan.source] = torch.nan
+    merged, total = torch.ops.pyra.merge_tokens(x, None, *plan, *weights, "triton")
+    gradients = torch.ops.pyra.merge_tokens_backward(merged, total, x, None, *plan, *weights, "triton")
+    assert merged.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_an_empty_batch() -> None:
+    x, plan = tokens_for(17, 16, batch=0).to(DEVICE), to_device(plan_for(17, 1, 6, batch=0))
+    merged, total = torch.ops.pyra.merge_tokens(x, None, *plan, None, None, None, None, 0.0, "triton")
+    assert merged.shape == (0, 11, 16) and total.shape == (0, 11, 1)
+
+
+def test_the_public_functions_run_them_and_train() -> None:
+    x = tokens_for(17, 16).to(DEVICE).requires_grad_()
+    weights = Reactivation(6, 16).to(DEVICE)
+    torch.nn.init.normal_(weights.channel_weight)
+    assert runs_triton(x)
+    outcomes = []
+    for name in ("triton", "reference"):
+        with backend(name):
+            merged, _ = merge_tokens(x, None, match_tokens(x, 6), weights)
+            outcomes.append((merged, *torch.autograd.grad(merged.square().sum(), [x, *weights.parameters()])))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(KernelError, match="float64"):
+        match_tokens(torch.randn(1, 9, 4, device=DEVICE).double(), 2)
+    assert PyraConfig(rate=0.5, backend="triton").backend == "triton"
