@@ -83,6 +83,8 @@ class PyraConfig:
             problems.append(f"threshold must be a number in [-1, 1], got {self.threshold!r}")
         if not _is_whole(self.window) or self.window < 1:
             problems.append(f"window must be a whole number of at least 1, got {self.window!r}")
+        elif self.window != 1 and self.matching != "local":
+            problems.append(f"window is read by matching='local' only; this is {self.matching!r}")
         if self.matching == "prune":
             if self.threshold is not None:
                 problems.append("pruning drops every chosen token: give no threshold")

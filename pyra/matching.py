@@ -147,13 +147,12 @@ def match_tokens(
 
 def plan_of(matched: Matched, method: str, threshold: float | None) -> MergePlan:
     """Return the plan of matched pairs: which are merged, and which dropped."""
-    *indices, similarity = matched
     weight = None
     if method == "prune":
-        weight = torch.zeros_like(similarity, dtype=torch.float32)
+        weight = torch.zeros_like(matched.similarity, dtype=torch.float32)
     elif threshold is not None:  # a similarity that is no number is under every threshold
-        weight = (similarity >= threshold).to(torch.float32)
-    return MergePlan(*indices, weight)
+        weight = (matched.similarity >= threshold).to(torch.float32)
+    return MergePlan(matched.source, matched.destination, matched.kept, matched.target, weight)
 
 
 def _removable_with(blocked: Tensor, p: int, method: str) -> int:

@@ -157,3 +157,9 @@ def test_paper() -> None:
     assert config.reactivation and config.proportional_attention and config.order == "grouped"
     with pytest.raises(ScheduleError, match="no published schedule for 'resnet50'"):
         PyraConfig.paper("resnet50", "low")
+
+
+def test_a_window_without_local_matching_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window is read by matching='local' only; this is 'bipartite'"):
+        PyraConfig(rate=0.5, window=2)
+    assert PyraConfig(rate=0.5, window=2, matching="local").window == 2

@@ -142,7 +142,9 @@ def _operator(
         from pyra.kernels.match_triton import match_bipartite
 
         return match_bipartite(features, heads, r, prefix, order)
-    return tuple(part.contiguous() for part in reference(features, heads, r, prefix, rules, positions))
+    found = reference(features, heads, r, prefix, rules, positions)
+    source, destination, kept, target, similarity = (part.contiguous() for part in found)
+    return source, destination, kept, target, similarity
 
 
 @_operator.register_fake
