@@ -23,4 +23,5 @@ def size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """
     if size is None:
         return None
-    return size.log().to(dtype).transpose(1, 2).unsqueeze(1)
+    # Padding, of size 0, gets the lowest number: were all tokens padding, -inf would make the softmax 0 / 0.
+    return size.log().clamp_min(torch.finfo(dtype).min).to(dtype).transpose(1, 2).unsqueeze(1)

@@ -32,7 +32,8 @@ class PyraConfig:
         proportional_attention: add log(size) of the keys to the attention scores.
         matching: how pairs are found: ``"bipartite"``, the published even/odd split (ToMe, arXiv 2210.09461);
             ``"energy"``, among the tokens that have most others like them (PiToMe, arXiv 2405.16148); ``"local"``,
-            neighbours on the patch grid first; ``"prune"``, the tokens of ``"bipartite"`` dropped instead of merged, a
+            neighbours on the patch grid first (told by the number of patches: the wrapped model's grid, for any other
+            number a square); ``"prune"``, the tokens of ``"bipartite"`` dropped instead of merged, a
             control, without re-activation. See :func:`pyra.match_tokens`.
         order: order of the kept tokens, ``"grouped"`` as published or ``"sequence"``; ``"energy"`` and ``"local"``
             always keep the sequence.

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from pyra.backbones.layers import Step, replace_layers, restore_layers
+from pyra.backbones.layers import MergingLayer, Step, merging_layers, patched_forward, replace_layers, restore_layers
 from pyra.config import PyraConfig
 from pyra.cost import Geometry, geometry_macs
 from pyra.errors import ConfigError, ScheduleError, UnsupportedModelError
@@ -62,9 +62,16 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     if wrapped_config(model) == config and wrapped_schedule(model) == schedule:
         return model
     grid = family.patch_grid(core)
-    if config.matching == "local" and grid is None:
+    drop = getattr(core, "patch_drop", None)  # an identity, or none, where patches are not dropped in training
+    if config.matching == "local" and (grid is None or type(drop) not in (type(None), nn.Identity)):
         raise UnsupportedModelError(
             f"{type(core).__name__} has its patches in no fixed order: matching='local' needs a grid; use another"
+        )
+    patched = next(filter(None, map(patched_forward, family.layers(core))), None)
+    if patched is not None and any(schedule):
+        raise UnsupportedModelError(
+            f"{patched} has a forward of its own on the instance (patched, or hooked by accelerate), which merging "
+            "would pass by: wrap the model first, or use forward hooks"
         )
     unwrap(model)
     if any(schedule):
@@ -79,10 +86,20 @@ def unwrap(model: Model) -> Model:
     """Undo :func:`wrap` in place and return ``model``: the very layers it had, with whatever was trained in them.
 
     A model that is not wrapped is returned as it is.
+
+    Raises:
+        UnsupportedModelError: where other modules were put around its layers since.
     """
     if wrapped_config(model) is not None:
-        family, core = locate(model)
+        core = _core(model)
+        family: Any = _family(core)
         if any(wrapped_schedule(model) or ()):
+            in_place = [layer for layer in family.layers(core) if isinstance(layer, MergingLayer)]
+            if in_place != list(merging_layers(core)):
+                raise UnsupportedModelError(
+                    "modules were put around layers that merge (checkpoint wrappers, torch.compile): take them off "
+                    "before unwrapping"
+                )
             restore_layers(family.layers(core))
             family.restore(core)
         del core.pyra_config, core.pyra_schedule

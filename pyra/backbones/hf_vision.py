@@ -61,6 +61,8 @@ class MergingEncoderLayer(MergingLayer):
         """Run one layer."""
         _refuse_reentrant(self)
         layout, stream = _layout(self), stream_of(hidden_states)
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise self._takes_no_bias()
         if position_embeddings is not None:
             kwargs["position_embeddings"] = tuple(
                 rows_of(table, stream.positions, self.step.prefix) for table in position_embeddings
@@ -71,25 +73,33 @@ class MergingEncoderLayer(MergingLayer):
         tokens = stream.tokens + self._through(layout.after_attention, attended)
         if stream.size is None and attention_mask is not None:
             stream = TokenStream(tokens, _present(attention_mask), stream.source_map, stream.positions)
-        stream = self.merge(stream.holding(tokens), attention)
+        stream = self.merge(stream.holding(tokens), attention, padded=attention_mask is not None)
         changed = self._child(layout.mlp)(self.normed(self._child(layout.norm2), stream.tokens))
         return self.hand_on(stream.holding(stream.tokens + self._through(layout.after_mlp, changed)))
 
     def _mask(self, stream: TokenStream, attention_mask: Tensor | None) -> Tensor | None:
-        """Additive mask [B, 1, 1, N]: the size bias, and -inf for padding; the model's own until tokens merged."""
+        """Additive mask [B, 1, 1, N]: size bias, the lowest number for padding; the model's own until tokens merged."""
         if stream.size is None:
             return attention_mask
         mask = self.bias(stream)
         if mask is None and attention_mask is not None:
             padding = (stream.size == 0).transpose(1, 2).unsqueeze(1)
-            mask = torch.zeros_like(padding, dtype=stream.tokens.dtype).masked_fill(padding, -torch.inf)
-        implementation = getattr(self, _layout(self).attention).config._attn_implementation
-        if mask is not None and implementation not in _TAKES_BIAS:
-            raise UnsupportedModelError(
-                f"attention implementation {implementation!r} takes no size bias: load the model with "
-                "attn_implementation='sdpa', or merge with proportional_attention=False"
+            mask = torch.zeros_like(padding, dtype=stream.tokens.dtype).masked_fill(
+                padding, torch.finfo(stream.tokens.dtype).min
             )
+        if mask is not None and self._implementation() not in _TAKES_BIAS:
+            raise self._takes_no_bias()
         return mask
+
+    def _implementation(self) -> str:
+        name: str = getattr(self, _layout(self).attention).config._attn_implementation
+        return name
+
+    def _takes_no_bias(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"attention implementation {self._implementation()!r} takes no size bias: load the model with "
+            "attn_implementation='sdpa'"
+        )
 
     def _child(self, name: str) -> nn.Module:
         return getattr(self, name)
@@ -144,7 +154,8 @@ def tower(model: nn.Module) -> nn.Module:
 def layers(model: nn.Module) -> nn.ModuleList:
     """Return the encoder's layers."""
     found = _layer_list(model)
-    assert found is not None
+    if found is None:
+        raise UnsupportedModelError("its layers are wrapped in other modules, or are no longer what they were")
     return found
 
 

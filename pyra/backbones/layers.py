@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyra.config import PyraConfig
-from pyra.errors import ScheduleError
+from pyra.errors import ScheduleError, UnsupportedModelError
 from pyra.kernels.match import Rules
 from pyra.matching import removable
 from pyra.merging import spread
@@ -118,12 +118,13 @@ class MergingLayer(nn.Module):
     origin: tuple[type[MergingLayer], type[nn.Module]]
     layer_norms: tuple[type[nn.Module], ...] = (nn.LayerNorm,)  # classes of norms that are just that
 
-    def merge(self, stream: TokenStream, attention: KeyReader) -> TokenStream:
+    def merge(self, stream: TokenStream, attention: KeyReader, padded: bool = False) -> TokenStream:
         """Merge the tokens of a stream.
 
         Args:
             stream: what entered the layer, with ``tokens`` after attention.
             attention: the reader of the keys of that attention.
+            padded: whether tokens of size 0 are in the stream, whose keys must not count.
 
         Raises:
             ScheduleError: where the input is too small for the schedule.
@@ -140,13 +141,18 @@ class MergingLayer(nn.Module):
                 "go; wrap the model with a schedule for this input size"
             )
         config = step.config
+        keys, heads = attention.keys()
+        if padded and stream.size is not None:
+            nobody = stream.size == 0
+            keys = keys.masked_fill(nobody.unsqueeze(1) if heads == 1 else nobody.unsqueeze(2), 0)
         return TokenStream(
             *merge_step(
                 stream.tokens,
                 stream.size,
                 stream.source_map,
                 stream.positions,
-                *attention.keys(),
+                keys,
+                heads,
                 getattr(self, "reactivation", None),
                 step.removed,
                 step.prefix,
@@ -191,10 +197,14 @@ def stream_of(x: Tensor | TokenStream) -> TokenStream:
 
 
 def replace_layers(layers: MutableSequence[nn.Module], steps: list[Step], kind: type[MergingLayer]) -> None:
-    """Replace the layers in a module list from the first that merges on; ``steps`` has one entry a layer."""
+    """Replace the layers in a module list from the first that merges on; ``steps`` has one entry a layer.
+
+    An error leaves the list as it was.
+    """
     first = next(index for index, step in enumerate(steps) if step.removed)
-    for index in range(first, len(steps)):
-        layers[index] = _standing_for(layers[index], steps[index], kind)
+    made = [_standing_for(layers[index], steps[index], kind) for index in range(first, len(steps))]
+    for index, layer in enumerate(made, first):
+        layers[index] = layer
 
 
 def restore_layers(layers: MutableSequence[nn.Module]) -> None:
@@ -202,7 +212,7 @@ def restore_layers(layers: MutableSequence[nn.Module]) -> None:
     for index, layer in enumerate(layers):
         if isinstance(layer, MergingLayer):
             (original,) = layer.replaced
-            state = {k: v for k, v in layer.__dict__.items() if k not in ("step", "replaced")}
+            state = {k: v for k, v in layer.__dict__.items() if k not in ("step", "replaced", *_BOUND)}
             state["_modules"] = {k: v for k, v in layer._modules.items() if k != "reactivation"}
             original.__dict__.update(state)
             layers[index] = original
@@ -210,16 +220,39 @@ def restore_layers(layers: MutableSequence[nn.Module]) -> None:
 
 def _standing_for(layer: nn.Module, step: Step, kind: type[MergingLayer]) -> MergingLayer:
     new = _blank(kind, type(layer))
-    new.__dict__.update(layer.__dict__)
+    new.__dict__.update({name: value for name, value in layer.__dict__.items() if name not in _BOUND})
     for name in ("_modules", "_parameters", "_buffers"):
         new.__dict__[name] = dict(layer.__dict__[name])
     new.step = step
     new.replaced = (layer,)
     if step.removed and step.config.reactivation:
-        weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-        new.reactivation = Reactivation(step.removed, step.dim, device=weight.device, dtype=weight.dtype)
+        weight = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+        if weight is None:
+            raise UnsupportedModelError(
+                f"layer {step.layer} has no weights of 16 bits or more, which trained re-activation weights would be "
+                "like: give reactivation=False"
+            )
+        with torch.inference_mode(False):  # they are to be trained, wherever this runs
+            new.reactivation = Reactivation(step.removed, step.dim, device=weight.device, dtype=weight.dtype)
         new.reactivation.train(layer.training)
     return new
+
+
+# State of an instance that is bound to it: `Module.compile`, and a forward of its own.
+_BOUND = ("_compiled_call_impl", "forward")
+
+
+def patched_forward(layer: nn.Module) -> str | None:
+    """Name what has a forward of its own on the instance, of a layer and its children; None where nothing has."""
+    named = (("", layer), *layer.named_children())
+    attention = ("attn", "attention", "self_attn")
+    found = (name for name, module in named if (not name or name in attention) and "forward" in module.__dict__)
+    return next((f"its {name or type(layer).__name__}" for name in found), None)
+
+
+def class_of(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, or of the one that it stands in for."""
+    return layer.origin[1] if isinstance(layer, MergingLayer) else type(layer)
 
 
 def _blank(kind: type[MergingLayer], base: type[nn.Module]) -> Any:
@@ -252,7 +285,12 @@ class KeyReader:
         return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward with this object as ``self``."""
+        """Run the forward of the module's class with this object as ``self``."""
+        if "forward" in self._attention.__dict__:
+            raise UnsupportedModelError(
+                f"{type(self._attention).__name__} has a forward of its own on the instance, which merging would pass "
+                "by: use forward hooks, or unwrap the model before it is changed"
+            )
         return type(self._attention).forward(self, *args, **kwargs)
 
     def keys(self) -> tuple[Tensor, int]:
@@ -262,6 +300,14 @@ class KeyReader:
     def _keep(self, keys: Tensor) -> Tensor:
         self._keys = keys
         return keys
+
+    def _kept(self) -> Tensor:
+        if self._keys is None:
+            raise UnsupportedModelError(
+                f"{type(self._attention).__name__} was called without its keys being seen: torch.jit.trace does that "
+                "(use torch.export or torch.compile), or an attention that computes them in another way"
+            )
+        return self._keys
 
 
 class NormedKeys(KeyReader):
@@ -273,8 +319,7 @@ class NormedKeys(KeyReader):
 
     def keys(self) -> tuple[Tensor, int]:
         """Return the keys of the call, [B, H, N, d]."""
-        assert self._keys is not None
-        return self._keys, 1
+        return self._kept(), 1
 
 
 class ProjectedKeys(KeyReader):
@@ -286,15 +331,14 @@ class ProjectedKeys(KeyReader):
 
     def keys(self) -> tuple[Tensor, int]:
         """Return the keys of the call, [B, N, H, d]."""
-        assert self._keys is not None
-        return self._keys.unflatten(-1, (-1, self._attention.head_dim)), 2
+        return self._kept().unflatten(-1, (-1, self._attention.head_dim)), 2
 
 
 def linear_macs(module: Any) -> int:
     """MACs of the linear layers in ``module`` for one token; PEFT layers count as the layer they stand for."""
     if hasattr(module, "get_base_layer"):
         module = module.get_base_layer()
-    if hasattr(module, "in_features") and hasattr(module, "out_features") and not list(module.children()):
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features) * int(module.out_features)
     return sum(linear_macs(child) for child in module.children())
 

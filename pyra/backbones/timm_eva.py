@@ -13,7 +13,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
 from pyra.backbones import timm_vit
-from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, stream_of
+from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, class_of, stream_of
 from pyra.cost import Geometry
 
 layers = timm_vit.layers
@@ -92,9 +92,11 @@ def obstacle(model: nn.Module) -> str | None:
     plain: Any = model
     if type(plain.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(plain.patch_embed).__name__} (a hybrid), not from a plain projection"
+    if not len(plain.blocks):
+        return "it has no blocks"
     for block in plain.blocks:
-        if not isinstance(block, EvaBlock):
+        if class_of(block).forward is not EvaBlock.forward:
             return f"its blocks ({type(block).__name__}) are not pre-norm attention followed by an MLP"
-        if not isinstance(block.attn, (EvaAttention, AttentionRope)):
+        if type(block.attn).forward not in (EvaAttention.forward, AttentionRope.forward):
             return f"its attention ({type(block.attn).__name__}) does not give its keys and take a size bias"
     return None

@@ -14,7 +14,7 @@ from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, DiffAt
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, linear_macs, stream_of
+from pyra.backbones.layers import MergingLayer, NormedKeys, TokenStream, class_of, linear_macs, stream_of
 from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
 
@@ -167,10 +167,12 @@ def obstacle(model: nn.Module) -> str | None:
         return f"{type(model).__name__} is not timm's plain VisionTransformer"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(model.patch_embed).__name__} (a hybrid), not from a plain projection"
+    if not len(model.blocks):
+        return "it has no blocks"
     for block in model.blocks:
-        if not isinstance(block, Block):
+        if class_of(block).forward is not Block.forward:
             return f"its blocks ({type(block).__name__}) are not pre-norm attention followed by an MLP"
-        if not isinstance(block.attn, (Attention, DiffAttention)):
+        if type(block.attn).forward not in (Attention.forward, DiffAttention.forward):
             return f"its attention ({type(block.attn).__name__}) does not give its keys and take a size bias"
     return None
 

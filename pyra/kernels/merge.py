@@ -98,7 +98,7 @@ def reference(x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = No
     # Operations in place act on rows gathered here, which nothing else reads: each saves a pass through memory.
     if reactivation is not None:
         received = tokens.index_select(0, flat(plan.destination, count)).to(_wide(x.dtype))
-        pairs = received.mul_(kept_size.index_select(0, target)).addcmul_(moved, source_size).to(x.dtype)
+        pairs = received.mul_(kept_size.index_select(0, target)).addcmul_(moved, source_size)
         shape = (x.shape[0], removed, channels)
         moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation, plan.weight)
         moved = moved.reshape(-1, channels)
@@ -116,19 +116,22 @@ def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | No
 
     Args:
         source: [B, r, C] tokens to modulate; the modulation is linear in them, so means or sums both do.
-        pairs: [B, r, C] ``M_s + M_t``, size-weighted sums of the matched pairs in rank order.
+        pairs: [B, r, C] ``M_s + M_t``, size-weighted sums of the matched pairs in rank order, float32 or wider.
         weights: a module with ``pair_weight``, ``channel_weight`` and ``norm``, or :class:`Weights`.
         counted: [B, r], 0 for pairs that take no part (dropped tokens), 1 for the others; None means all do.
 
     Returns:
         [B, r, C].
     """
-    if isinstance(weights, Weights):
-        pair_weight, channel_weight = weights.pair, weights.channel
-        info = F.layer_norm(pairs, pairs.shape[-1:], weights.norm_weight, weights.norm_bias, weights.eps)
+    known = weights if isinstance(weights, Weights) else Weights.of(weights)
+    if known is not None:
+        pair_weight, channel_weight = known.pair, known.channel
+        # In float32 at least: sums over many patches leave the range of float16, their norms do not.
+        scale, shift = (None if part is None else part.to(pairs.dtype) for part in known[2:4])
+        info = F.layer_norm(pairs, pairs.shape[-1:], scale, shift, known.eps)
     else:
         pair_weight, channel_weight = weights.pair_weight, weights.channel_weight
-        info = weights.norm(pairs)
+        info = weights.norm(pairs.to(source.dtype))
     if counted is not None:
         info = info * counted.to(info.dtype).unsqueeze(-1)
     rows = min(pair_weight.shape[0], pairs.shape[1])
