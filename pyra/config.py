@@ -40,9 +40,8 @@ class PyraConfig:
         threshold: cosine similarity in [-1, 1] under which a token is dropped instead of merged (cf. Token Fusion,
             arXiv 2312.01026); None merges every pair. Not with ``"prune"``.
         window: largest distance, in patches, of the neighbours that ``"local"`` prefers.
-        backend: what runs matching and merging: ``"auto"``, Triton kernels on a GPU where they can run and plain
-            PyTorch elsewhere (or as :func:`pyra.kernels.backend` says); ``"reference"``, plain PyTorch; ``"triton"``,
-            Triton, or an error in the forward.
+        backend: what runs matching and merging: ``"auto"``, as :func:`pyra.kernels.backend` says, which by default is
+            plain PyTorch; ``"reference"``, plain PyTorch; ``"triton"``, Triton kernels, or an error in the forward.
 
     Raises:
         ConfigError: listing every problem at once.

@@ -16,6 +16,10 @@ from pyra.errors import KernelError
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "triton")
 
+# The kernels are tested in Triton's interpreter and compile for GPUs, but no GPU has run them yet: until one has,
+# "auto" leaves them out.
+AUTOMATIC = False
+
 _chosen = "auto"
 
 
@@ -26,7 +30,7 @@ def backend(name: str) -> Iterator[None]:
     The choice is the process's: other threads see it, too. A compiled model keeps the one it was compiled with.
 
     Args:
-        name: ``"auto"``, Triton on a GPU where it can run and plain PyTorch elsewhere; ``"reference"``, plain PyTorch;
+        name: ``"auto"``, plain PyTorch as long as no GPU has proven the kernels; ``"reference"``, plain PyTorch;
             ``"triton"``, Triton or an error. On a CPU Triton runs only in its interpreter (``TRITON_INTERPRET=1``).
 
     Raises:
@@ -71,7 +75,7 @@ def runs_triton(tensor: Tensor, name: str = "auto") -> bool:
         KernelError: where Triton was asked for and cannot run on the tensor's device.
     """
     name = _chosen if name == "auto" else name
-    if name == "reference":
+    if name == "reference" or (name == "auto" and not AUTOMATIC):
         return False
     reason = _no_triton_on(tensor, name)
     if reason is None:

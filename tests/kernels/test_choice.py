@@ -1,0 +1,46 @@
+"""Which implementation runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyra import PyraConfig, match_tokens
+from pyra.errors import ConfigError, KernelError
+from pyra.kernels import backend
+from pyra.kernels.choice import interpreted, runs_triton
+
+CPU = torch.randn(1, 9, 4)
+
+
+def test_plain_pytorch_is_the_default() -> None:
+    assert not runs_triton(CPU)
+    with backend("reference"):
+        assert not runs_triton(CPU) and match_tokens(CPU, 2).removed == 2
+
+
+@pytest.mark.skipif(interpreted(), reason="TRITON_INTERPRET=1 lets Triton run on a CPU")
+def test_triton_on_a_cpu_is_an_error() -> None:
+    said = r"backend 'triton' cannot run: .*; use 'auto' or 'reference'"
+    with pytest.raises(KernelError, match=said), backend("triton"):
+        match_tokens(CPU, 2)
+    assert not runs_triton(CPU)
+    with pytest.raises(KernelError, match="on cpu, and TRITON_INTERPRET=1 is not set"):
+        runs_triton(CPU, "triton")
+
+
+def test_a_choice_ends_with_its_block_even_by_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), backend("reference"):
+        _ = 1 / 0
+    with backend("reference"), backend("auto"):
+        assert not runs_triton(CPU)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with (
+        pytest.raises(KernelError, match="backend must be one of auto, reference, triton, got 'cuda'"),
+        backend("cuda"),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="backend must be one of"):
+        PyraConfig(rate=0.5, backend="cuda")
