@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyra.attention import size_bias
+from pyra.kernels.choice import compiled_on_a_cpu
 from pyra.kernels.match import Rules, match
 from pyra.kernels.merge import Plan, merge
 from pyra.matching import MergePlan, plan_of
@@ -60,7 +61,7 @@ def merge_step(
     plan = plan_of(matched, rules.method, threshold)
     indices = (plan.source, plan.destination, plan.kept, plan.target)
     merged, total = merge(tokens, size, Plan(*indices, plan.weight), reactivation, backend)
-    follow = torch.ops.pyra.follow_tokens if _compiled_on_a_cpu(tokens) else _follow
+    follow = torch.ops.pyra.follow_tokens if compiled_on_a_cpu(tokens) else _follow
     return merged, *follow(total.detach(), source_map, positions, *indices)
 
 
@@ -118,8 +119,8 @@ def proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
 def layer_norm(norm: nn.Module, tokens: Tensor, kinds: tuple[type[nn.Module], ...] = (nn.LayerNorm,)) -> Tensor:
     """Apply a norm of a layer that merges.
 
-    Layer norms are what takes the C++ compiler longest, and each length would need its own: a third of the compile
-    time of a 12-block ViT, for one pass over the tokens saved where the norm fuses with the sum before it.
+    Layer norms are what takes the C++ compiler longest, and each length would need its own, for one
+    pass over the tokens saved where the norm fuses with the sum before it.
 
     Args:
         norm: any module.
@@ -132,14 +133,9 @@ def layer_norm(norm: nn.Module, tokens: Tensor, kinds: tuple[type[nn.Module], ..
     return norm(tokens)
 
 
-def _compiled_on_a_cpu(tokens: Tensor) -> bool:
-    """Whether a compiler for CPUs traces; an exporter wants plain operators."""
-    return tokens.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
 def _compiled_for_inference(tokens: Tensor) -> bool:
     """Whether it traces without gradients."""
-    return _compiled_on_a_cpu(tokens) and not torch.is_grad_enabled()
+    return compiled_on_a_cpu(tokens) and not torch.is_grad_enabled()
 
 
 def _proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:

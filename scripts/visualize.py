@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog="pyra visualize",
         description=(
-            "Draw what merged in an image, layer by layer: patches in one token share an outline and a colour, "
-            "patches\nthat merged with no other show the image. Tokens that were dropped are drawn with the token that "
-            "replaces them."
+            "Draw what merged in an image, layer by layer: patches in one token are outlined together and filled\n"
+            "with their mean colour, patches that merged with no other show the image. Tokens that were dropped are\n"
+            "drawn with the token that replaces them."
         ),
         example=(
             "pyra visualize photo.jpg --run runs/a --output groups.png\n"

@@ -1,7 +1,7 @@
 """Matching as one operator, ``pyra::match_tokens``: keys in, the index tensors of a plan out.
 
 :func:`match` chooses how it runs: the plain functions where a graph is exported or nothing is gained, the operator
-elsewhere. The operator runs :func:`reference` on a CPU and :mod:`pyra.kernels.match_triton` on a GPU.
+elsewhere. The operator runs :func:`reference`, or :mod:`pyra.kernels.match_triton` where Triton was chosen.
 
 Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``H`` heads, ``r`` tokens removed.
 """

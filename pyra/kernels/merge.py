@@ -1,7 +1,7 @@
 """Merging as one operator, ``pyra::merge_tokens``, with its gradient: tokens and a plan in, merged tokens out.
 
-:func:`merge` chooses how it runs, as in :mod:`pyra.kernels.match`. The operator runs :func:`reference` on a CPU and
-:mod:`pyra.kernels.merge_triton` on a GPU; so does its gradient, ``pyra::merge_tokens_backward``.
+:func:`merge` chooses how it runs, as in :mod:`pyra.kernels.match`. The operator runs :func:`reference`, or
+:mod:`pyra.kernels.merge_triton` where Triton was chosen; so does its gradient, ``pyra::merge_tokens_backward``.
 
 Letters: ``B`` batch, ``N`` tokens, ``C`` channels, ``r`` tokens removed.
 """
