@@ -9,6 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from pyra.attention import ATTENTIONS
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import write_json
 from pyra.kernels.choice import BACKENDS
@@ -40,8 +41,11 @@ class PyraConfig:
         threshold: cosine similarity in [-1, 1] under which a token is dropped instead of merged (cf. Token Fusion,
             arXiv 2312.01026); None merges every pair. Not with ``"prune"``.
         window: largest distance, in patches, of the neighbours that ``"local"`` prefers.
-        backend: what runs matching and merging: ``"auto"``, as :func:`pyra.kernels.backend` says, which by default is
-            plain PyTorch; ``"reference"``, plain PyTorch; ``"triton"``, Triton kernels, or an error in the forward.
+        backend: what runs matching and merging: ``"auto"``, as :func:`pyra.kernels.backend` says; ``"reference"``,
+            plain PyTorch; ``"triton"``, Triton kernels, or an error in the forward.
+        attention: how ``log(size)`` reaches the scores: ``"auto"``, at present ``"mask"``; ``"mask"``, the mask of
+            ``scaled_dot_product_attention``; ``"augmented"``, further channels of queries and keys, so that kernels
+            without a mask run; ``"flex"``, a kernel that ``flex_attention`` compiles. See :mod:`pyra.attention`.
 
     Raises:
         ConfigError: listing every problem at once.
@@ -60,6 +64,7 @@ class PyraConfig:
     threshold: float | None = None
     window: int = 1
     backend: str = "auto"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         """Check all fields together."""
@@ -73,7 +78,8 @@ class PyraConfig:
         for name in ("reactivation", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name, allowed in (("matching", METHODS), ("order", ORDERS), ("backend", BACKENDS)):
+        named = (("matching", METHODS), ("order", ORDERS), ("backend", BACKENDS), ("attention", ATTENTIONS))
+        for name, allowed in named:
             value = getattr(self, name)
             if value not in allowed:
                 problems.append(
@@ -90,6 +96,10 @@ class PyraConfig:
                 problems.append("pruning drops every chosen token: give no threshold")
             if self.reactivation is True:
                 problems.append("pruning merges nothing that could be re-activated: give reactivation=False")
+        if self.attention in ("augmented", "flex") and not self.proportional_attention:
+            problems.append(
+                f"attention={self.attention!r} carries the sizes that proportional_attention=False leaves out"
+            )
         if problems:
             raise ConfigError("PyraConfig: " + "; ".join(problems))
         object.__setattr__(self, "window", int(self.window))

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyra.kernels.follow import rows_after
 from pyra.kernels.match import Matched, Rules, match, reference
 
 Order = Literal["grouped", "sequence"]
@@ -56,9 +57,7 @@ class MergePlan:
 
     def source_map(self) -> Tensor:
         """Return [B, N]: the output row that holds each input token."""
-        rows = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
-        empty = self.kept.new_zeros(self.kept.shape[0], self.num_tokens)
-        return empty.scatter(1, self.kept, rows).scatter(1, self.source, self.target)
+        return rows_after(self.kept, self.source, self.target)
 
 
 torch.export.register_dataclass(MergePlan)

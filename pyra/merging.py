@@ -70,15 +70,6 @@ def unmerge_tokens(merged: Tensor, plan: MergePlan) -> Tensor:
     return _gather(merged, plan.source_map())
 
 
-def compose_source_maps(outer: Tensor | None, plan: MergePlan) -> Tensor:
-    """Follow a further merging step: [B, N0] map to the rows before ``plan`` -> [B, N0] map to the rows after it.
-
-    ``outer`` None means that ``plan`` is the first step.
-    """
-    step = plan.source_map()
-    return step if outer is None else step.gather(1, outer)
-
-
 def spread(tokens: Tensor, source_map: Tensor) -> Tensor:
     """Return [B, N0, C]: for each original position the token that holds it (``source_map`` [B, N0])."""
     return _gather(tokens, source_map)

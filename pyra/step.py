@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyra.attention import size_bias
 from pyra.kernels.choice import compiled_on_a_cpu
+from pyra.kernels.follow import follow
 from pyra.kernels.match import Rules, match
 from pyra.kernels.merge import Plan, merge
-from pyra.matching import MergePlan, plan_of
-from pyra.merging import compose_source_maps
+from pyra.matching import plan_of
 
 Merged = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -61,59 +60,7 @@ def merge_step(
     plan = plan_of(matched, rules.method, threshold)
     indices = (plan.source, plan.destination, plan.kept, plan.target)
     merged, total = merge(tokens, size, Plan(*indices, plan.weight), reactivation, backend)
-    follow = torch.ops.pyra.follow_tokens if compiled_on_a_cpu(tokens) else _follow
-    return merged, *follow(total.detach(), source_map, positions, *indices)
-
-
-def _follow(
-    total: Tensor,
-    source_map: Tensor | None,
-    positions: Tensor | None,
-    source: Tensor,
-    destination: Tensor,
-    kept: Tensor,
-    target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes as whole numbers, and where every original token is now."""
-    plan = MergePlan(source, destination, kept, target)
-    places = kept if positions is None else positions.gather(1, kept)
-    return total.to(torch.int32), compose_source_maps(source_map, plan), places
-
-
-@torch.library.custom_op("pyra::follow_tokens", mutates_args=())
-def _follow_operator(
-    total: Tensor,
-    source_map: Tensor | None,
-    positions: Tensor | None,
-    source: Tensor,
-    destination: Tensor,
-    kept: Tensor,
-    target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size, rows, places = _follow(total, source_map, positions, source, destination, kept, target)
-    return size, rows, places.clone() if places is kept else places  # an operator returns none of its inputs
-
-
-@_follow_operator.register_fake
-def _follow_shapes(
-    total: Tensor,
-    source_map: Tensor | None,
-    positions: Tensor | None,
-    source: Tensor,
-    destination: Tensor,
-    kept: Tensor,
-    target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    original = source.shape[1] + kept.shape[1] if source_map is None else source_map.shape[1]
-    rows = kept.new_empty(kept.shape[0], original)
-    return total.new_empty(total.shape, dtype=torch.int32), rows, torch.empty_like(kept)
-
-
-def proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what proportional attention adds to the scores, [B, 1, 1, N], from sizes [B, N, 1] int32."""
-    if _compiled_for_inference(size):
-        return torch.ops.pyra.size_bias(size, dtype)
-    return _proportional_bias(size, dtype)
+    return merged, *follow(total.detach(), source_map, positions, plan.kept, plan.source, plan.target, backend)
 
 
 def layer_norm(norm: nn.Module, tokens: Tensor, kinds: tuple[type[nn.Module], ...] = (nn.LayerNorm,)) -> Tensor:
@@ -136,22 +83,6 @@ def layer_norm(norm: nn.Module, tokens: Tensor, kinds: tuple[type[nn.Module], ..
 def _compiled_for_inference(tokens: Tensor) -> bool:
     """Whether it traces without gradients."""
     return compiled_on_a_cpu(tokens) and not torch.is_grad_enabled()
-
-
-def _proportional_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
-    bias = size_bias(size.to(torch.promote_types(dtype, torch.float32)), dtype)
-    assert bias is not None
-    return bias
-
-
-@torch.library.custom_op("pyra::size_bias", mutates_args=())
-def _bias_operator(size: Tensor, dtype: torch.dtype) -> Tensor:
-    return _proportional_bias(size, dtype).contiguous()
-
-
-@_bias_operator.register_fake
-def _bias_shape(size: Tensor, dtype: torch.dtype) -> Tensor:
-    return size.new_empty(size.shape[0], 1, 1, size.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("pyra::layer_norm", mutates_args=())

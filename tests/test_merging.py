@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyra import MergePlan, Reactivation, match_tokens, merge_tokens, unmerge_tokens
 from pyra.matching import ORDERS, removable
-from pyra.merging import compose_source_maps, spread
+from pyra.merging import spread
 
 bounded = settings(deadline=None, max_examples=60)
 CHANNELS = 6
@@ -272,7 +272,8 @@ def test_two_steps_spread_to_the_tokens_that_hold_each_position(order: str) -> N
     once, size = merge_tokens(x, None, first)
     second = match_tokens(once, 4, order=order)
     twice, size = merge_tokens(once, size, second)
-    source_map = compose_source_maps(compose_source_maps(None, first), second)
+    step = second.source_map()
+    source_map = step.gather(1, first.source_map())
     assert torch.equal(spread(twice, source_map), unmerge_tokens(unmerge_tokens(twice, second), first))
     counts = torch.stack([row.bincount(minlength=8) for row in source_map])
     assert torch.equal(counts[..., None].float(), size)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from pyra import match_tokens
 from pyra.kernels.match import Rules
-from pyra.step import layer_norm, merge_step, proportional_bias
+from pyra.step import layer_norm, merge_step
 
 RULES = Rules("grouped", "bipartite", 0.5, None, 1)
 
@@ -25,14 +24,6 @@ def state(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, T
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_following_tokens_as_an_operator(begun: bool) -> None:
-    plan = match_tokens(state()[4].mean(1), 4)
-    before = state()[2:4] if begun else (None, None)
-    arguments = (torch.ones(3, 13, 1), *before, plan.source, plan.destination, plan.kept, plan.target)
-    opcheck(torch.ops.pyra.follow_tokens.default, arguments)
-
-
-@pytest.mark.parametrize("begun", [True, False])
 @torch.no_grad()
 def test_a_compiled_step_is_the_step(begun: bool) -> None:
     tokens, size, source_map, positions, keys, heads = state()
@@ -42,13 +33,6 @@ def test_a_compiled_step_is_the_step(begun: bool) -> None:
     arguments = (tokens, *before, keys, heads, None, 4, 1, RULES)
     for actual, value in zip(compiled(*arguments), merge_step(*arguments), strict=True):
         assert actual.dtype == value.dtype and torch.equal(actual, value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_size_bias_as_an_operator(dtype: torch.dtype) -> None:
-    size = state()[1]
-    opcheck(torch.ops.pyra.size_bias.default, (size, dtype))
-    assert torch.equal(torch.ops.pyra.size_bias(size, dtype), proportional_bias(size, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

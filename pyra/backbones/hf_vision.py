@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyra.attention import SizeBias
 from pyra.backbones.layers import MergingLayer, ProjectedKeys, TokenStream, linear_macs, stream_of
 from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
@@ -77,11 +78,11 @@ class MergingEncoderLayer(MergingLayer):
         changed = self._child(layout.mlp)(self.normed(self._child(layout.norm2), stream.tokens))
         return self.hand_on(stream.holding(stream.tokens + self._through(layout.after_mlp, changed)))
 
-    def _mask(self, stream: TokenStream, attention_mask: Tensor | None) -> Tensor | None:
+    def _mask(self, stream: TokenStream, attention_mask: Tensor | None) -> Tensor | SizeBias | None:
         """Additive mask [B, 1, 1, N]: size bias, the lowest number for padding; the model's own until tokens merged."""
         if stream.size is None:
             return attention_mask
-        mask = self.bias(stream)
+        mask = self.bias(stream, self._implementation() == "sdpa")
         if mask is None and attention_mask is not None:
             padding = (stream.size == 0).transpose(1, 2).unsqueeze(1)
             mask = torch.zeros_like(padding, dtype=stream.tokens.dtype).masked_fill(

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyra.attention import SizeBias, proportional
 from pyra.config import PyraConfig
 from pyra.errors import ScheduleError, UnsupportedModelError
 from pyra.kernels.match import Rules
 from pyra.matching import removable
 from pyra.merging import spread
 from pyra.reactivation import Reactivation
-from pyra.step import layer_norm, merge_step, proportional_bias
+from pyra.step import layer_norm, merge_step
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,25 @@ class MergingLayer(nn.Module):
             )
         )
 
-    def bias(self, stream: TokenStream) -> Tensor | None:
-        """Return what is added to the attention scores, [B, 1, 1, N], or None while all tokens count one."""
-        if not self.step.config.proportional_attention or stream.size is None:
+    def bias(self, stream: TokenStream, fused: bool) -> Tensor | SizeBias | None:
+        """Return what the attention gets as its mask, or None while all tokens count one.
+
+        Args:
+            stream: what entered the layer.
+            fused: whether the attention calls ``scaled_dot_product_attention``.
+
+        Raises:
+            UnsupportedModelError: where a way other than a mask was asked for, and it does not.
+        """
+        config = self.step.config
+        if not config.proportional_attention or stream.size is None:
             return None
-        return proportional_bias(stream.size, stream.tokens.dtype)
+        if not fused and config.attention not in ("auto", "mask"):
+            raise UnsupportedModelError(
+                f"attention={config.attention!r} takes the place of scaled_dot_product_attention, which this model "
+                "does not call: create it with fused attention (timm) or attn_implementation='sdpa' (transformers)"
+            )
+        return proportional(stream.size, stream.tokens.dtype, config.attention, config.backend)
 
     def normed(self, norm: nn.Module, tokens: Tensor) -> Tensor:
         """Apply a norm of the layer."""

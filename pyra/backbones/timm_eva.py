@@ -27,7 +27,7 @@ class MergingEvaBlock(MergingLayer):
     """Modifications against timm's ``EvaBlock``: as in ``timm_vit``, and the rotations follow the tokens."""
 
     norm1: nn.Module
-    attn: nn.Module
+    attn: Any
     gamma_1: Tensor | None
     drop_path1: nn.Module
     norm2: nn.Module
@@ -48,7 +48,9 @@ class MergingEvaBlock(MergingLayer):
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
         rope = rows_of(rope, stream.positions, self.step.prefix)
-        attended = attention(self.normed(self.norm1, stream.tokens), rope=rope, attn_mask=self.bias(stream))
+        attended = attention(
+            self.normed(self.norm1, stream.tokens), rope=rope, attn_mask=self.bias(stream, self.attn.fused_attn)
+        )
         if self.gamma_1 is not None:
             attended = self.gamma_1 * attended
         stream = self.merge(stream.holding(stream.tokens + self.drop_path1(attended)), attention)

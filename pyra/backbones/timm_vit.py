@@ -23,7 +23,7 @@ class MergingBlock(MergingLayer):
     """Modifications against timm's ``Block``: takes tokens or a stream, merges, adds the size bias."""
 
     norm1: nn.Module
-    attn: nn.Module
+    attn: Any
     ls1: nn.Module
     drop_path1: nn.Module
     norm2: nn.Module
@@ -39,7 +39,7 @@ class MergingBlock(MergingLayer):
         refuse_masks(attn_mask, is_causal)
         stream = stream_of(x)
         attention = NormedKeys(self.attn)
-        attended = attention(self.normed(self.norm1, stream.tokens), attn_mask=self.bias(stream))
+        attended = attention(self.normed(self.norm1, stream.tokens), attn_mask=self.bias(stream, self.attn.fused_attn))
         stream = self.merge(stream.holding(stream.tokens + self.drop_path1(self.ls1(attended))), attention)
         tokens = stream.tokens
         changed = self.mlp(self.normed(self.norm2, tokens))

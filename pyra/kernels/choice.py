@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -16,10 +17,6 @@ from pyra.errors import KernelError
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "triton")
 
-# The kernels are tested in Triton's interpreter and compile for GPUs, but no GPU has run them yet: until one has,
-# "auto" leaves them out.
-AUTOMATIC = False
-
 _chosen = "auto"
 
 
@@ -30,8 +27,9 @@ def backend(name: str) -> Iterator[None]:
     The choice is the process's: other threads see it, too. A compiled model keeps the one it was compiled with.
 
     Args:
-        name: ``"auto"``, plain PyTorch as long as no GPU has proven the kernels; ``"reference"``, plain PyTorch;
-            ``"triton"``, Triton or an error. On a CPU Triton runs only in its interpreter (``TRITON_INTERPRET=1``).
+        name: ``"auto"``, Triton on a GPU where its kernels agree with plain PyTorch (checked once in a process, at
+            their first use), else plain PyTorch; ``"reference"``, plain PyTorch; ``"triton"``, Triton or an error. On
+            a CPU Triton runs only in its interpreter (``TRITON_INTERPRET=1``).
 
     Raises:
         KernelError: for another name, or where Triton was asked for and cannot run.
@@ -60,10 +58,13 @@ def as_operator(tensor: Tensor, name: str = "auto") -> bool:
     An exported graph holds plain operators, which run anywhere. A compiler for CPUs gets operators: every layer has its
     own number of tokens, so no two layers share a compiled kernel, and traced one by one the many small operations of
     a merging step would keep the C++ compiler busy far longer than the rest of the model.
+
+    Raises:
+        KernelError: where Triton was asked for and cannot run on the tensor's device.
     """
     if torch.compiler.is_exporting():
         return False
-    return compiled_on_a_cpu(tensor) or runs_triton(tensor, name)
+    return compiled_on_a_cpu(tensor) or _may_run_triton(tensor, _asked_for(name))
 
 
 def compiled_on_a_cpu(tensor: Tensor) -> bool:
@@ -74,20 +75,14 @@ def compiled_on_a_cpu(tensor: Tensor) -> bool:
 def runs_triton(tensor: Tensor, name: str = "auto") -> bool:
     """Whether Triton's kernels are to be used for a tensor; ``name`` as in :func:`as_operator`.
 
+    This is for the operators, which no compiler traces: with ``"auto"`` the kernels run here for the first time, and
+    where they do not agree with the references, plain PyTorch goes on and a warning says so.
+
     Raises:
         KernelError: where Triton was asked for and cannot run on the tensor's device.
     """
-    name = _chosen if name == "auto" else name
-    if name == "reference" or (name == "auto" and not AUTOMATIC):
-        return False
-    reason = _no_triton_on(tensor, name)
-    if reason is None:
-        return True
-    if name == "triton":
-        raise KernelError(f"backend 'triton' cannot run: {reason}; use 'auto' or 'reference'")
-    if tensor.device.type == "cuda":
-        _say_once(f"pyra: merging runs in plain PyTorch on this GPU: {reason}")
-    return False
+    asked = _asked_for(name)
+    return _may_run_triton(tensor, asked) and (asked == "triton" or _agrees(tensor.device))
 
 
 def interpreted() -> bool:
@@ -95,11 +90,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _no_triton_on(tensor: Tensor, name: str) -> str | None:
+def _asked_for(name: str) -> str:
+    return _chosen if name == "auto" else name
+
+
+def _may_run_triton(tensor: Tensor, asked: str) -> bool:
+    if asked == "reference":
+        return False
+    reason = _no_triton_on(tensor, asked)
+    if reason is not None and asked == "triton":
+        raise KernelError(f"backend 'triton' cannot run: {reason}; use 'auto' or 'reference'")
+    if reason is not None and tensor.device.type == "cuda" and not torch.compiler.is_compiling():
+        _say_once(f"pyra: merging runs in plain PyTorch on this GPU: {reason}")
+    return reason is None
+
+
+def _no_triton_on(tensor: Tensor, asked: str) -> str | None:
     device = tensor.device.type
     if tensor.dtype == torch.float64:
         return "the kernels compute in float32, and the tensors are float64"
-    if device == "cuda" or (device == "cpu" and interpreted() and name == "triton"):
+    if device == "cuda" or (device == "cpu" and interpreted() and asked == "triton"):
         return _no_triton()
     return f"the tensors are on {device}" + (", and TRITON_INTERPRET=1 is not set" if device == "cpu" else "")
 
@@ -115,6 +125,16 @@ def _no_triton() -> str | None:
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+@cache
+def _agrees(device: torch.device) -> bool:
+    """Whether the kernels do on a device what the references do."""
+    checks = importlib.import_module("pyra.kernels.checks")  # which imports the operators, and those this module
+    reason = checks.disagreement(device)
+    if reason is not None:
+        _say_once(f"pyra: merging runs in plain PyTorch on {device}: Triton's kernels failed their check: {reason}")
+    return reason is None
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import pyra.kernels
 from pyra.kernels.choice import interpreted
 
 triton = pytest.importorskip("triton", reason="triton has no build for this platform")
@@ -22,18 +24,22 @@ SHARED_MEMORY = {
     90: 227 * 1024,
     100: 227 * 1024,
 }  # bytes a program may use
-STRIDES = ("stride_b", "stride_n", "stride_h", "stride_gb", "stride_gn", "stride_sb", "stride_s")
+STRIDES = (
+    *("stride_b", "stride_n", "stride_h", "stride_gb", "stride_gn", "stride_sb", "stride_s"),
+    *("stride_tb", "stride_t", "stride_mb", "stride_m", "stride_pb", "stride_p"),
+)
 FLOATS = (
     "best similarity merged_size channel_gate pair_gate weight sums_gradient token_gradient pair_weight_gradient "
-    "channel_weight_gradient norm_weight_gradient norm_bias_gradient"
+    "channel_weight_gradient norm_weight_gradient norm_bias_gradient total"
 )
 TYPES = (
     dict.fromkeys(["source", "destination", "kept", "target"], "*i64")
-    | dict.fromkeys(["partner", "before", "by_row", "first", "sizes"], "*i32")
+    | dict.fromkeys(["old_map", "old_places", "row_after", "new_map", "new_places"], "*i64")
+    | dict.fromkeys(["partner", "before", "by_row", "first", "sizes", "size"], "*i32")
     | dict.fromkeys(FLOATS.split(), "*fp32")
     | dict.fromkeys(["features", "x", "gradient", "merged", "out"], "*bf16")
     | dict.fromkeys(["pair_weight", "channel_weight", "norm_weight", "norm_bias"], "*bf16")
-    | {"eps": "fp32"}
+    | {"eps": "fp32", "lowest": "fp32"}
 )
 WHOLE = {"HAS_SIZE": True, "HAS_WEIGHT": False, "REACTIVATED": True, "SCALED": True, "SHIFTED": True}
 UNIT = {"stride_c": 1, "stride_d": 1, "stride_gc": 1}
@@ -41,6 +47,8 @@ UNIT = {"stride_c": 1, "stride_d": 1, "stride_gc": 1}
 
 def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Kernel, constants and warps as the launchers choose them for ViT-B, ViT-L and SigLIP-So400m."""
+    from pyra.kernels import bias_triton as b
+    from pyra.kernels import follow_triton as f
     from pyra.kernels import match_triton as m
     from pyra.kernels import merge_triton as g
 
@@ -56,7 +64,18 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
         found[f"merge-{name}"] = (g.merge_kernel, width | rows | WHOLE, g.ROWS_WARPS)
         found[f"pairs-backward-{name}"] = (g.pairs_backward_kernel, width | pairs | WHOLE, g.PAIRS_WARPS)
         found[f"tokens-backward-{name}"] = (g.tokens_backward_kernel, width | rows | WHOLE, g.ROWS_WARPS)
+    tile = {"TILE": f.ENTRIES_A_TILE, "HAS_MAP": True, "HAS_PLACES": True}
+    found["follow"] = (f.follow_kernel, tile, f.WARPS)
+    found["bias"] = (b.bias_kernel, {"TILE": b.TOKENS_A_PROGRAM}, b.WARPS)
     return found
+
+
+def test_no_kernel_is_left_out() -> None:
+    written = set()
+    for file in Path(pyra.kernels.__file__).parent.glob("*_triton.py"):
+        module = importlib.import_module(f"pyra.kernels.{file.stem}")
+        written |= {name for name in vars(module) if name.endswith("_kernel")}
+    assert {kernel.fn.__name__ for kernel, _, _ in variants().values()} == written
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
-from support_for_kernels import SIZES, TRAINED, doubled, plan_for, sizes, tokens_for, weights_for
+from support_for_kernels import SIZES, TRAINED, plan_for, sizes, tokens_for, weights_for
 from torch import Tensor
 from torch.library import opcheck
 
-from pyra.kernels import match, merge
+from pyra.kernels import bias, follow, match, merge
+from pyra.kernels.checks import doubled
 from pyra.kernels.match import Rules
 
 SHAPES = ((17, 1, 16), (16, 0, 8), (9, 2, 24))  # tokens, prefix, channels
@@ -58,3 +59,27 @@ def test_the_match_operator_is_well_made(heads: int | None, method: str) -> None
     opcheck(torch.ops.pyra.match_tokens.default, arguments)
     expected = match.reference(keys, heads, 5, 1, rules, torch.arange(17))
     assert all(torch.equal(*pair) for pair in zip(torch.ops.pyra.match_tokens(*arguments), expected, strict=True))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_follow_operator_is_well_made(begun: bool) -> None:
+    plan, generator = plan_for(17, 1, 6), torch.Generator().manual_seed(0)
+    earlier = torch.randint(0, 17, (2, 25), generator=generator)
+    places = torch.stack([torch.randperm(25, generator=generator)[:17] for _ in range(2)])
+    before = (earlier, places) if begun else (None, None)
+    for total in (torch.ones(2, 11, 1), torch.ones(2, 11, 1, dtype=torch.int32)):
+        arguments = (total, *before, plan.kept, plan.source, plan.target)
+        opcheck(torch.ops.pyra.follow_tokens.default, (*arguments, "auto"))
+        expected = follow.reference(*arguments)
+        found = torch.ops.pyra.follow_tokens(*arguments, "auto")
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_bias_operator_is_well_made(dtype: torch.dtype) -> None:
+    size = sizes("padding", 17)
+    arguments = (size, dtype, -30000.0)
+    opcheck(torch.ops.pyra.size_bias.default, (*arguments, "auto"))
+    found = torch.ops.pyra.size_bias(*arguments, "auto")
+    assert torch.equal(found, bias.reference(*arguments)) and found.dtype == dtype
+    assert found.shape == (2, 1, 1, 17) and found.min() == torch.tensor(-30000.0).to(dtype)

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support_for_kernels import SIZES, TRAINED, doubled, plan_for, sizes, tokens_for, weights_for
+from support_for_kernels import SIZES, TRAINED, plan_for, sizes, tokens_for, weights_for
 from torch import Tensor
 
 from pyra import PyraConfig, Reactivation, match_tokens, merge_tokens
 from pyra.errors import KernelError
-from pyra.kernels import backend, match, merge
+from pyra.kernels import backend, bias, checks, follow, match, merge
 from pyra.kernels.choice import interpreted, runs_triton
 from pyra.kernels.match import Rules
 
@@ -122,30 +122,7 @@ def errors(dtype: torch.dtype, plan: merge.Plan, size: Tensor | None, weights: m
     tokens = plan.kept.shape[1] + plan.source.shape[1]
     x = tokens_for(tokens, weights.channel.shape[1] if weights else 24).to(DEVICE, dtype)
     cast = None if weights is None else merge.Weights(*(t if t is None else t.to(dtype) for t in weights[:4]), 1e-5)
-    tensors = (None, None, None, None, 0.0) if cast is None else cast
-    merged, total = torch.ops.pyra.merge_tokens(x, size, *plan, *tensors, "triton")
-    gradient = torch.randn(merged.shape, generator=torch.Generator().manual_seed(6)).to(DEVICE, dtype)
-    found = torch.ops.pyra.merge_tokens_backward(gradient, total, x, size, *plan, *tensors, "triton")
-    wide_plan = plan._replace(weight=None if plan.weight is None else plan.weight.double())
-    wide_size = torch.ones(x.shape[0], tokens, 1, device=DEVICE).double() if size is None else size.double()
-    exact, exact_total = merge.reference(x.double(), wide_size, wide_plan, doubled(cast))
-    exact_found = merge.reference_backward(
-        gradient.double(), exact_total, x.double(), wide_size, wide_plan, doubled(cast)
-    )
-    eager, _ = merge.reference(x, size, plan, cast)
-    eager_found = merge.reference_backward(gradient, total, x, size, plan, cast)
-    assert torch.equal(total.double(), exact_total)
-    pairs = [(merged, eager, exact), *zip(found, eager_found, exact_found, strict=True)]
-    for actual, same_precision, value in pairs:
-        if value.numel():
-            # In float32 both are exact to what sums of numbers of order 1 can be, which luck must not undercut.
-            scale = float(value.abs().max()) if dtype != torch.float32 else 8 * (1 + float(value.abs().max()))
-            allowed = 2 * float((same_precision - value).abs().max()) + scale * torch.finfo(dtype).eps
-            assert actual.dtype == dtype and float((actual - value).abs().max()) <= allowed
-    again = torch.ops.pyra.merge_tokens(x, size, *plan, *tensors, "triton")
-    assert torch.equal(again[0], merged) and torch.equal(again[1], total)
-    twice = torch.ops.pyra.merge_tokens_backward(gradient, total, x, size, *plan, *tensors, "triton")
-    assert all(torch.equal(*pair) for pair in zip(found, twice, strict=True))
+    assert checks.merge_problems(x, size, plan, cast, backward=True) == []
 
 
 @pytest.mark.parametrize(("size", "trained"), list(itertools.product(SIZES, TRAINED)))
@@ -170,6 +147,31 @@ def to_device(parts):  # type: ignore[no-untyped-def]
     if parts is None:
         return None
     return type(parts)(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in parts))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize(("tokens", "prefix", "entered"), [(197, 1, 400), (17, 1, 17), (2, 0, 300), (5, 1, 5)])
+def test_follows_as_the_reference(tokens: int, prefix: int, entered: int, begun: bool) -> None:
+    for removed in {0, (tokens - prefix) // 2}:
+        plan = to_device(plan_for(tokens, prefix, removed))
+        total = sizes("real", tokens).to(DEVICE)[:, : tokens - removed]
+        generator = torch.Generator().manual_seed(7)
+        earlier = torch.randint(0, tokens, (entered, 2), generator=generator).T.to(DEVICE)
+        places = torch.randint(0, entered, (2, 2 * tokens), generator=generator)[:, ::2].to(DEVICE)
+        arguments = (total, *((earlier, places) if begun else (None, None)), plan.kept, plan.source, plan.target)
+        found, expected = follow.follow(*arguments), follow.reference(*arguments)
+        for actual, value in zip(found, expected, strict=True):
+            assert actual.dtype == value.dtype and torch.equal(actual, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 197, 600])
+def test_takes_the_logarithm_of_sizes(tokens: int, dtype: torch.dtype) -> None:
+    lowest = torch.finfo(dtype).min
+    for kind in ("padding", "real"):
+        size = sizes(kind, 2 * tokens).to(DEVICE)[:, ::2]
+        found, exact = bias.bias(size, dtype, lowest), bias.reference(size.double(), torch.float64, lowest)
+        assert checks.excess("size_bias", found, bias.reference(size, dtype, lowest), exact.clamp_min(lowest)) == []
 
 
 @pytest.mark.parametrize("strides", STRIDES)

@@ -41,11 +41,5 @@ def weights_for(kind: str, removed: int, channels: int) -> Weights | None:
     return Weights(drawn[0], 0.3 * drawn[1], drawn[2] if affine else None, drawn[3] if affine else None, 1e-5)
 
 
-def doubled(weights: Weights | None) -> Weights | None:
-    if weights is None:
-        return None
-    return Weights(*(None if part is None else part.double() for part in weights[:4]), weights.eps)
-
-
 def tokens_for(tokens: int, channels: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, tokens, channels, generator=torch.Generator().manual_seed(5))
