@@ -1,21 +1,32 @@
-"""``pyra benchmark``: speed and memory against the unwrapped model, each beside its goal."""
+"""``pyra benchmark``: speed and memory against the unwrapped model, or of the kernels against plain PyTorch."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
+from pyra.attention import ATTENTIONS
 from pyra.errors import ConfigError
+from pyra.kernels import BACKENDS
 from pyra.scripts.cli import parse
-from pyra.tasks.options import option
+from pyra.tasks.options import DEVICES, option
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
-class BenchmarkOptions:
-    """Options of ``pyra benchmark``."""
+class ModelOptions:
+    """Options of ``pyra benchmark model``."""
 
     backbone: str = option("vit_base_patch16_224", "timm name; other models than the paper's get its shape of schedule")
     image_size: int | None = option(None, "image side in pixels; the model's own by default")
+    device: str = option("cpu", "cpu, cuda or cuda:NUMBER")
+    dtype: Dtype = option("float32", "of weights and images")  # noqa: RUF009 - a dataclass field
+    backend: str = option("auto", "what runs matching and merging", choices=BACKENDS)
+    attention: str = option("auto", "how sizes reach the attention", choices=ATTENTIONS)
     batch_size: int = option(16, "images a forward")
     train_batch_size: int = option(32, "images a training step")
     rounds: int = option(5, "timed forwards of each model; the median counts")
@@ -26,44 +37,131 @@ class BenchmarkOptions:
     output: str = option("benchmark.json", "file to write the rows to")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, print a table and write the rows."""
-    options = parse(
-        BenchmarkOptions,
-        argv,
-        prog="pyra benchmark",
-        description="Measure speed and memory against the unwrapped model in one run (CPU, fp32).",
-        example="pyra benchmark --backbone vit_base_patch16_224 --batch-size 16",
-    )
-    counts = ("batch_size", "train_batch_size", "rounds", "train_rounds", "threads")
-    wrong = [name for name in counts if (value := getattr(options, name)) is not None and value < 1]
-    if wrong:
-        raise ConfigError("; ".join(f"--{name.replace('_', '-')} must be at least 1" for name in wrong))
-    import torch
-    from tabulate import tabulate
+@dataclass(kw_only=True)
+class KernelOptions:
+    """Options of ``pyra benchmark kernels``."""
 
-    from pyra.files import write_json
-    from pyra.tasks.benchmark import Subject, compile_rows, inference_rows, training_rows
+    device: str = option("cpu", "cpu, cuda or cuda:NUMBER")
+    dtype: Dtype = option("bfloat16", "of tokens and keys")  # noqa: RUF009 - a dataclass field
+    batch_sizes: list[int] | None = option(  # noqa: RUF009 - a dataclass field
+        None, "comma list; 1,32,256, or 1,4 with --quick"
+    )
+    rounds: int = option(20, "timed turns of each implementation; 5 with --quick")
+    compile: bool = option(True, "time plain PyTorch compiled, too (on a CPU this needs a C++ compiler)")
+    threads: int | None = option(None, "CPU threads; all by default")
+    quick: bool = option(False, "two small models and small batches: the checks, and one row of everything")
+    output: str = option("benchmark-kernels.json", "file to write the rows to")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``model`` (also without a word) or ``kernels``; print a table and write the rows."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    what = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "model"
+    if what not in ("model", "kernels"):
+        raise ConfigError(f"pyra benchmark measures 'model' or 'kernels', not {what!r}")
+    return _kernels(arguments) if what == "kernels" else _model(arguments)
+
+
+def _model(arguments: Sequence[str]) -> int:
+    options = parse(
+        ModelOptions,
+        arguments,
+        prog="pyra benchmark model",
+        description=(
+            "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
+            "merging step alone."
+        ),
+        example=(
+            "pyra benchmark model --backbone vit_base_patch16_224 --batch-size 16\n"
+            "  pyra benchmark model --device cuda --dtype bfloat16 --batch-size 256 --no-training"
+        ),
+    )
+    _at_least_one(options, "batch_size", "train_batch_size", "rounds", "train_rounds", "threads")
+    _start(options)
+    from pyra.tasks.benchmarks.model import compile_rows, inference_rows, machinery_rows, training_rows
+    from pyra.tasks.benchmarks.subject import Subject
+
+    subject = Subject(options.backbone, options.image_size, options.device, options.dtype)
+    merging = {"backend": options.backend, "attention": options.attention}
+    rows = inference_rows(subject, options.batch_size, options.rounds, **merging)
+    rows += machinery_rows(subject, options.batch_size, options.rounds)
+    if options.compile:
+        rows += inference_rows(subject, options.batch_size, options.rounds, compiled=True, **merging)
+        rows += compile_rows(subject, options.batch_size)
+    if options.training:
+        rows += training_rows(subject, options.train_batch_size, options.train_rounds)
+    return _finish(rows, options)
+
+
+def _kernels(arguments: Sequence[str]) -> int:
+    options = parse(
+        KernelOptions,
+        arguments,
+        prog="pyra benchmark kernels",
+        description=(
+            "Time matching, merging and attention with a size bias, at layer shapes of ViT-B, ViT-L and DINOv2-S,\n"
+            "against plain PyTorch and against a copy ('copy': share of its bandwidth). First every kernel is checked\n"
+            "against a reference in float64: one that fails stops the benchmark. On a CPU the check runs in Triton's\n"
+            "interpreter, and what is timed is the plain PyTorch that runs there."
+        ),
+        example="pyra benchmark kernels --device cpu --quick\n  pyra benchmark kernels --device cuda",
+    )
+    _at_least_one(options, "rounds", "threads")
+    batches = options.batch_sizes or ([1, 4] if options.quick else [1, 32, 256])
+    if min(batches) < 1:
+        raise ConfigError("--batch-sizes must be at least 1")
+    device = _start(options)
+    import torch
+    from tqdm import tqdm
+
+    from pyra.tasks.benchmarks import kernels
+
+    subjects = [kernels.SUBJECTS[0], kernels.SUBJECTS[4]] if options.quick else kernels.SUBJECTS
+    shapes = [kernels.Shape.of(subject) for subject in subjects]
+    print("checking every kernel against its reference ...", file=sys.stderr)
+    kernels.check(shapes, device)
+    bandwidth = kernels.copy_bandwidth(device, options.rounds)
+    print(f"all agree; a copy moves {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
+    rows = []
+    rounds = min(options.rounds, 5) if options.quick else options.rounds
+    cases = [(shape, batch) for shape in shapes for batch in batches]
+    for shape, batch in tqdm(cases, unit="shape", disable=None):
+        dtype = getattr(torch, options.dtype)
+        rows += kernels.rows_of(shape, batch, device, dtype, rounds, options.compile, bandwidth)
+    return _finish(rows, options)
+
+
+def _at_least_one(options: Any, *names: str) -> None:
+    wrong = [name for name in names if (value := getattr(options, name)) is not None and value < 1]
+    problems = [f"--{name.replace('_', '-')} must be at least 1" for name in wrong]
+    if re.fullmatch(DEVICES, options.device) is None or options.device == "auto":
+        problems.append(f"--device must be cpu, cuda or cuda:NUMBER, got {options.device!r}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _start(options: Any) -> Any:
+    """Return the device, with the threads set."""
+    import torch
+
     from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.results import environment
 
     quiet_libraries()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    subject = Subject(options.backbone, options.image_size)
-    rows = inference_rows(subject, options.batch_size, options.rounds)
-    if options.compile:
-        rows += inference_rows(subject, options.batch_size, options.rounds, compiled=True)
-        rows += compile_rows(subject, options.batch_size)
-    if options.training:
-        rows += training_rows(subject, options.train_batch_size, options.train_rounds)
-    table = [
-        (row.name, f"{row.value:.2f} x", f"{row.goal:.2f} x", "yes" if row.reached else "NO", row.detail)
-        for row in rows
-    ]
-    print(tabulate(table, headers=("measured", "ratio", "goal", "reached", "detail")))
-    write_json(
-        options.output,
-        {"options": asdict(options), "environment": environment(), "rows": [asdict(row) for row in rows]},
-    )
+    device = torch.device(options.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {options.device}: {torch.cuda.device_count()} CUDA devices are here; use cpu")
+    return device
+
+
+def _finish(rows: list[Any], options: Any) -> int:
+    from pyra.tasks.benchmarks.rows import table, write_rows
+    from pyra.tasks.results import environment
+
+    here = environment(options.device)
+    rows = [replace(row, environment=here) for row in rows]
+    print(table(rows))
+    write_rows(options.output, rows, asdict(options))
+    print(f"\n{len(rows)} rows in {options.output} ({here['device']}, torch {here['torch']})")
     return 0

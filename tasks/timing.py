@@ -1,13 +1,25 @@
-"""Measured speed. Machines are shared and drift, so models are compared in turns within one run."""
+"""Measured speed. Machines are shared and drift, so jobs are compared in turns within one run."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Job = Callable[[], object]
+_FLUSHED = 256 * 2**20  # bytes written before each turn on a GPU: more than its cache holds
+
+
+class Spread(NamedTuple):
+    """Seconds that a job took: quantiles of its turns."""
+
+    p20: float
+    p50: float
+    p80: float
 
 
 def throughput(
@@ -24,27 +36,73 @@ def throughput(
     Returns:
         Images a second, by name.
     """
-    seconds = take_turns({name: _forward(model.eval(), images) for name, model in models.items()}, rounds, warmup)
-    return {name: len(images) / value for name, value in seconds.items()}
+    jobs = {name: forward(model.eval(), images) for name, model in models.items()}
+    return {name: len(images) / value for name, value in take_turns(jobs, rounds, warmup, images.device).items()}
 
 
-def take_turns(jobs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, float]:
+def take_turns(
+    jobs: Mapping[str, Job], rounds: int, warmup: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Run the jobs A B C A B C ... and return the median seconds of each."""
+    return {name: spread.p50 for name, spread in spreads(jobs, rounds, warmup, device).items()}
+
+
+def spreads(
+    jobs: Mapping[str, Job], rounds: int, warmup: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, Spread]:
+    """Run the jobs A B C A B C ... and return what each took.
+
+    On a GPU its own clock counts (events in the stream), and each turn starts with a cold cache.
+
+    Args:
+        jobs: by name.
+        rounds: timed turns of each.
+        warmup: turns before that.
+        device: where the jobs run.
+    """
+    run = _on_a_gpu(torch.device(device)) if torch.device(device).type == "cuda" else _seconds
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
+            took = run(job)
             if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(took)
+    return {name: _spread(values) for name, values in times.items()}
 
 
-def _forward(model: nn.Module, images: Tensor) -> Callable[[], object]:
+def forward(model: nn.Module, images: Tensor) -> Job:
+    """Return a job that runs ``model`` on ``images`` without gradients."""
+
     def run() -> None:
         with torch.inference_mode():
             model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
 
     return run
+
+
+def _seconds(job: Job) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def _on_a_gpu(device: torch.device) -> Callable[[Job], float]:
+    buffer = torch.empty(_FLUSHED, dtype=torch.int8, device=device)
+
+    def run(job: Job) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        buffer.zero_()
+        start.record()
+        job()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3  # milliseconds
+
+    return run
+
+
+def _spread(values: list[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(*values * 3)
+    p20, p80 = (statistics.quantiles(values, n=5, method="inclusive")[at] for at in (0, 3))
+    return Spread(p20, statistics.median(values), p80)

@@ -17,6 +17,7 @@ from pyra.errors import KernelError
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "triton")
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _chosen = "auto"
 
 
@@ -97,10 +98,12 @@ def _asked_for(name: str) -> str:
 def _may_run_triton(tensor: Tensor, asked: str) -> bool:
     if asked == "reference":
         return False
+    if torch.compiler.is_compiling():  # whatever else there is to ask, the operator asks when it runs
+        return asked == "triton" or (tensor.device.type == "cuda" and _INSTALLED and tensor.dtype != torch.float64)
     reason = _no_triton_on(tensor, asked)
     if reason is not None and asked == "triton":
         raise KernelError(f"backend 'triton' cannot run: {reason}; use 'auto' or 'reference'")
-    if reason is not None and tensor.device.type == "cuda" and not torch.compiler.is_compiling():
+    if reason is not None and tensor.device.type == "cuda":
         _say_once(f"pyra: merging runs in plain PyTorch on this GPU: {reason}")
     return reason is None
 
@@ -117,7 +120,7 @@ def _no_triton_on(tensor: Tensor, asked: str) -> str | None:
 @cache
 def _no_triton() -> str | None:
     """What keeps Triton from running in this process, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed"
     if interpreted():
         return None

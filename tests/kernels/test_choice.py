@@ -8,7 +8,7 @@ import torch
 from pyra import PyraConfig, match_tokens
 from pyra.errors import ConfigError, KernelError
 from pyra.kernels import backend
-from pyra.kernels.choice import interpreted, runs_triton
+from pyra.kernels.choice import as_operator, interpreted, runs_triton
 
 CPU = torch.randn(1, 9, 4)
 
@@ -44,3 +44,21 @@ def test_an_unknown_name_is_refused() -> None:
         pass
     with pytest.raises(ConfigError, match="backend must be one of"):
         PyraConfig(rate=0.5, backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_a_compiled_graph_holds_operators_and_asks_for_no_device(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """As on a GPU: a graph for the device "meta", where no kernel runs, is traced whole and without a warning."""
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if as_operator(x, name) else x - 1
+
+    torch.compiler.reset()
+    torch.compile(step, backend=look, fullgraph=True)(torch.ones(3, device="meta"))
+    assert ("add" in str(seen)) == (name == "triton")
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]

@@ -1,0 +1,290 @@
+"""Speed and memory of whole models against the unwrapped one: the floor is the MACs ratio, all in one run.
+
+Weights are random (no time depends on them), images are real.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyra.adapters import adapt
+from pyra.adapters.methods import peft_config
+from pyra.backbones import macs, wrap
+from pyra.cost import token_counts
+from pyra.tasks.benchmarks.kernels import Shape, measures
+from pyra.tasks.benchmarks.rows import Row
+from pyra.tasks.benchmarks.subject import LEVELS, Subject
+from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.timing import Spread, forward, spreads
+
+Result = TypeVar("Result")
+
+INFERENCE_GOAL = {"cpu": 0.95, "cuda": 0.90}  # of the MACs ratio
+MACHINERY_GOAL = 0.05  # of the plain forward, on a GPU
+COMPILE_GOAL = 1.5
+STEP_GOAL = 2.2
+MEMORY_GOAL = 0.5
+
+
+def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: bool = False, **merging: Any) -> list[Row]:
+    """Forward speed of both published schedules over the plain model, in turns.
+
+    Args:
+        subject: the model.
+        batch_size: images.
+        rounds: timed forwards of each.
+        compiled: compile all of them.
+        **merging: further fields of the :class:`pyra.PyraConfig`.
+    """
+    plain = subject.make().eval()
+    models = {"plain": plain} | {
+        level: wrap(copy.deepcopy(plain), subject.merging(level, **merging)) for level in LEVELS
+    }
+    floors = {level: macs(plain) / macs(models[level]) for level in LEVELS}
+    if compiled:
+        models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}  # type: ignore[misc]
+    images = _images(subject, batch_size)
+    took = spreads({name: forward(model, images) for name, model in models.items()}, rounds, 1, subject.device)
+    rows = []
+    for level, floor in floors.items():
+        speedup = took["plain"].p50 / took[level].p50
+        goal = INFERENCE_GOAL[_kind(subject)] * floor
+        rows.append(
+            _row(
+                subject,
+                f"{'compiled ' if compiled else ''}forward, {level}",
+                batch_size,
+                "images/s",
+                Spread(*(batch_size / seconds for seconds in reversed(took[level]))),
+                {"plain": speedup},
+                goal,
+                speedup >= goal,
+                f"plain {batch_size / took['plain'].p50:.1f} images/s; MACs ratio {floor:.2f}",
+            )
+        )
+    return rows
+
+
+def machinery_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
+    """Time what merging adds at the high schedule: matching, merging and following of every layer, over one forward."""
+    plain, (sizes, schedules) = subject.make().eval(), subject.shapes()
+    device, dtype = torch.device(subject.device), getattr(torch, subject.dtype)
+    seconds, name = 0.0, ""
+    for tokens, removed in zip(token_counts(sizes, schedules["high"]), schedules["high"], strict=False):
+        if removed:
+            heads = sizes.attention_dim // sizes.head_dim
+            shape = Shape(subject.backbone, subject.side(), tokens, sizes.prefix_tokens, heads, sizes.head_dim, removed)
+            step = measures(shape, batch_size, device, dtype, compiled=False)[2]
+            name = next(iter(step.jobs))
+            seconds += spreads({name: step.jobs[name]}, rounds, 2, device)[name].p50
+    images = _images(subject, batch_size)
+    whole = spreads({"plain": forward(plain, images)}, rounds, 1, device)["plain"].p50
+    on_a_gpu = device.type == "cuda"
+    return [
+        _row(
+            subject,
+            "merging machinery, high",
+            batch_size,
+            "us",
+            Spread(*3 * (1e6 * seconds,)),
+            {"plain": seconds / whole},
+            MACHINERY_GOAL if on_a_gpu else None,
+            seconds / whole <= MACHINERY_GOAL if on_a_gpu else None,
+            f"all layers, {name}; share of the plain forward, {1e6 * whole:.0f} us",
+        )
+    ]
+
+
+def compile_rows(subject: Subject, batch_size: int) -> list[Row]:
+    """Compile time of the merging model over the plain one's: cold caches, a fresh process each, shortest of two."""
+    runs = [(level, _in_fresh_process(_compile_seconds, subject, level, batch_size)) for level in ("plain", "high") * 2]
+    seconds = {level: min(value for name, value in runs if name == level) for level in ("plain", "high")}
+    ratio = seconds["high"] / seconds["plain"]
+    return [
+        _row(
+            subject,
+            "compile time, high",
+            batch_size,
+            "s",
+            Spread(*3 * (seconds["high"],)),
+            {"plain": ratio},
+            COMPILE_GOAL,
+            ratio <= COMPILE_GOAL,
+            f"plain {seconds['plain']:.1f} s; lower is better",
+        )
+    ]
+
+
+def training_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
+    """A training step and its peak memory: LoRA + PYRA at the high schedule against uncompressed LoRA."""
+    took = spreads(
+        {name: _training_step(subject, name, batch_size) for name in ("lora", "pyra")}, rounds, 1, subject.device
+    )
+    speedup = took["lora"].p50 / took["pyra"].p50
+    lora, merged = (_in_fresh_process(_peak_memory, subject, name, batch_size) for name in ("lora", "pyra"))
+    sizes, schedules = subject.shapes()
+    entering = token_counts(sizes, schedules["high"])[:-1]
+    tokens = sum(entering) / len(entering) / sizes.tokens
+    what = "whole process" if _kind(subject) == "cpu" else "allocated"
+    whole, step = merged[0] / lora[0], merged[1] / lora[1]
+    return [
+        _row(
+            subject,
+            "training step, high",
+            batch_size,
+            "s",
+            took["pyra"],
+            {"plain": speedup},
+            STEP_GOAL,
+            speedup >= STEP_GOAL,
+            f"uncompressed LoRA {took['lora'].p50:.2f} s",
+        ),
+        _row(
+            subject,
+            "peak memory of training, high",
+            batch_size,
+            "GB",
+            Spread(*3 * (merged[0] / 1e9,)),
+            {"plain": whole},
+            MEMORY_GOAL,
+            whole <= MEMORY_GOAL,
+            f"uncompressed LoRA {lora[0] / 1e9:.2f} GB, {what}; lower is better",
+        ),
+        _row(
+            subject,
+            "memory of a training step, high",
+            batch_size,
+            "GB",
+            Spread(*3 * (merged[1] / 1e9,)),
+            {"plain": step},
+            tokens,
+            step <= tokens,
+            f"uncompressed LoRA {lora[1] / 1e9:.2f} GB, both above the loaded model; the goal is the share of tokens "
+            "that enter the blocks",
+        ),
+    ]
+
+
+def _row(
+    subject: Subject,
+    measured: str,
+    batch_size: int,
+    unit: str,
+    spread: Spread,
+    ratios: dict[str, float],
+    goal: float | None,
+    reached: bool | None,
+    detail: str,
+) -> Row:
+    return Row(
+        measured=measured,
+        implementation="merged",
+        backbone=subject.backbone,
+        image_size=subject.side(),
+        batch_size=batch_size,
+        dtype=subject.dtype,
+        unit=unit,
+        **spread._asdict(),
+        ratios=ratios,
+        goal=goal,
+        reached=reached,
+        detail=detail,
+    )
+
+
+def _kind(subject: Subject) -> str:
+    return torch.device(subject.device).type
+
+
+def _images(subject: Subject, count: int) -> Tensor:
+    side = subject.side()
+    data = image_dataset(
+        load_task("demo"), "test", image_size=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), limit=count
+    )
+    images = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
+    return images[torch.arange(count) % len(images)].to(subject.device, getattr(torch, subject.dtype))
+
+
+def _training_step(subject: Subject, name: str, batch_size: int) -> Callable[[], None]:
+    config = subject.merging("high") if name == "pyra" else None
+    plain = subject.make()
+    images = _images(subject, batch_size)
+    model = adapt(plain, pyra=config, peft=peft_config("lora", 8)).train()
+    labels = torch.arange(batch_size, device=images.device) % 100
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _in_fresh_process(job: Callable[..., Result], *arguments: object) -> Result:
+    """Run a job in a process of its own, with as many threads as this one has."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_with_threads, torch.get_num_threads(), job, *arguments).result()
+
+
+def _with_threads(threads: int, job: Callable[..., Result], *arguments: object) -> Result:
+    torch.set_num_threads(threads)
+    return job(*arguments)
+
+
+def _peak_memory(subject: Subject, name: str, batch_size: int) -> tuple[int, int]:
+    """Peak bytes over two training steps, all and above the loaded model: of the process, or of the GPU."""
+    step = _training_step(subject, name, batch_size)
+    if _kind(subject) == "cuda":
+        loaded = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        loaded = _resident("VmRSS:")
+    step()
+    step()
+    peak = torch.cuda.max_memory_allocated() if _kind(subject) == "cuda" else _resident("VmHWM:")
+    return peak, peak - loaded
+
+
+def _compile_seconds(subject: Subject, level: str, batch_size: int) -> float:
+    """What the first compiled forward takes longer than the second."""
+    torch.compiler.config.force_disable_caches = True
+    model = subject.make().eval()
+    images = _images(subject, batch_size)
+    if level != "plain":
+        wrap(model, subject.merging(level))
+    compiled = torch.compile(model, fullgraph=True)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            compiled(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return seconds[0] - seconds[1]
+
+
+def _resident(field: str) -> int:
+    """Resident bytes of this process, now (``VmRSS:``) or at most (``VmHWM:``), as Linux tells them.
+
+    Elsewhere the peak stands for both; on Linux ``ru_maxrss`` would include the parent's before ``exec``.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

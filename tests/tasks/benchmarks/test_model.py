@@ -1,0 +1,65 @@
+"""The benchmark of whole models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyra.backbones import macs, wrap
+from pyra.errors import ConfigError
+from pyra.scripts import benchmark
+from pyra.tasks.benchmarks.subject import Subject
+
+
+def test_a_subject_is_described_without_its_weights() -> None:
+    subject = Subject("vit_tiny_patch16_224", 64, dtype="bfloat16")
+    sizes, schedules = subject.shapes()
+    assert (sizes.tokens, subject.side()) == (17, 64)
+    model = wrap(subject.make(), subject.merging("high", backend="reference"))
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert macs(model, schedules["high"]) == macs(model) < macs(model, schedules["low"])
+
+
+def test_rows_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    arguments = "--backbone vit_tiny_patch16_224 --image-size 64 --batch-size 2 --train-batch-size 2 --rounds 2"
+    assert benchmark.main(["model", *arguments.split(), "--train-rounds", "1", "--output", str(output)]) == 0
+    assert "plain" in capsys.readouterr().out
+    rows = {row["measured"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == [
+        "forward, low",
+        "forward, high",
+        "merging machinery, high",
+        "training step, high",
+        "peak memory of training, high",
+        "memory of a training step, high",
+    ]
+    assert rows["forward, low"]["goal"] < rows["forward, high"]["goal"]
+    for row in rows.values():
+        assert row["ratios"]["plain"] > 0 and row["image_size"] == 64
+    assert rows["merging machinery, high"]["goal"] is None  # promised on a GPU only
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["engines"], "measures 'model' or 'kernels', not 'engines'"),
+        (["kernels", "--rounds", "0"], "--rounds must be at least 1"),
+        (["kernels", "--batch-sizes", "0,4"], "--batch-sizes must be at least 1"),
+        (["model", "--device", "gpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
+        (["--attention", "flash"], "'flash' is not one of auto, mask, augmented, flex"),
+        (["--dtype", "float64"], "'float64' is not one of float32, bfloat16, float16"),
+    ],
+)
+def test_wrong_options(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        benchmark.main(arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="--device cuda: 0 CUDA devices are here; use cpu"):
+        benchmark.main(["kernels", "--device", "cuda"])
