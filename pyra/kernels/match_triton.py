@@ -1,9 +1,13 @@
-"""Bipartite matching on a GPU: one program a sample, no score matrix in device memory, the same plan on every run.
+"""Bipartite matching on a GPU in three kernels: no score matrix in device memory, the same plan on every run.
 
-Even tokens are rows, odd tokens columns. Tile by tile a program takes the mean of the keys over heads, normalises it,
-multiplies rows by columns and keeps each row's best column. Rows are then ranked by counting how many are better, which
-needs no sort and leaves nothing to chance: of equal rows the one of lower index comes first, and a row that has a
-similarity that is no number comes before all others. Ranks give the plan.
+:func:`unit_kernel` reads every key once and writes its mean over the heads at length 1. :func:`best_kernel` multiplies
+even tokens (rows) by odd ones (columns), tile by tile, and keeps each row's best column. :func:`rank_kernel`, one
+program a sample, ranks the rows by counting how many are better, which needs no sort and leaves nothing to chance: of
+equal rows the one of lower index comes first, and a row that has a similarity that is no number comes before all
+others. Ranks give the plan.
+
+One program a sample could do all of it, but would read the keys of every odd token again for each tile of rows, and at
+batch 1 leave all but one multiprocessor of a GPU idle.
 
 Letters: ``B`` batch, ``N`` tokens, ``D`` feature channels, ``r`` tokens removed.
 """
@@ -15,41 +19,91 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS = 8
+TOKENS_A_PROGRAM = 16
+ROWS_A_TILE = 64
+UNIT_WARPS = 4
+BEST_WARPS = 4
+BEST_STAGES = 2  # of the pipeline: a third would leave room for one program fewer on a multiprocessor
+RANK_WARPS = 8
 NOT_A_NUMBER = tl.constexpr(2.0)  # stands for a row's best similarity where one is no number: above every cosine
 NOTHING_YET = tl.constexpr(-2.0)  # below every cosine
 
 
 @triton.jit
-def unit_rows(
+def unit_kernel(
     features,
-    first,
-    stop,
-    step,
+    unit,
+    tokens,
+    dim,
+    stride_b,
     stride_h,
     stride_n,
     stride_d,
     HEADS: tl.constexpr,
-    dim,
-    ROWS: tl.constexpr,
     DIM: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Mean over heads of rows ``first, first + step, ...`` before ``stop``, at length 1: [ROWS, DIM] float32."""
-    row = first + step * tl.arange(0, ROWS)
+    """Write the mean over heads of some tokens of one sample, at length 1: [TILE, DIM] float32."""
+    sample = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
     channel = tl.arange(0, DIM)
-    at = features + row.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
-    inside = (row[:, None] < stop) & (channel[None, :] < dim)
-    total = tl.zeros([ROWS, DIM], dtype=tl.float32)
+    inside = (token[:, None] < tokens) & (channel[None, :] < dim)
+    at = features + sample * stride_b
+    at += token.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
+    total = tl.zeros([TILE, DIM], dtype=tl.float32)
     for head in range(HEADS):
         total += tl.load(at + head * stride_h, mask=inside, other=0.0).to(tl.float32)
     mean = total / HEADS
     length = tl.sqrt(tl.sum(mean * mean, axis=1))
-    return mean / tl.maximum(length, 1e-12)[:, None]
+    out = unit + (sample * tokens + token)[:, None] * dim + channel[None, :]
+    tl.store(out, mean / tl.maximum(length, 1e-12)[:, None], mask=inside)
 
 
 @triton.jit
-def match_kernel(
-    features,
+def best_kernel(
+    unit,
+    best,
+    partner,
+    tokens,
+    dim,
+    first_row,
+    first_column,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Find the best columns of some rows of one sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    rows, columns = (tokens + 1) // 2, tokens // 2
+    channel = tl.arange(0, DIM)
+    known = channel < dim
+    unit += sample * tokens * dim
+    row = first_row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    a = tl.load(
+        unit + 2 * row[:, None] * dim + channel[None, :], mask=(row[:, None] < rows) & known[None, :], other=0.0
+    )
+    top = tl.full([ROWS], NOTHING_YET, tl.float32)
+    choice = tl.full([ROWS], 0, tl.int32) + first_column
+    for start in range(first_column, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        b = tl.load(
+            unit + (2 * column[None, :] + 1) * dim + channel[:, None],
+            mask=(column[None, :] < columns) & known[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(a, b, input_precision="tf32x3")
+        scores = tl.where(scores == scores, scores, NOT_A_NUMBER)
+        scores = tl.where(column[None, :] < columns, scores, NOTHING_YET)
+        here, index = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        better = here > top
+        top = tl.where(better, here, top)
+        choice = tl.where(better, start + index, choice)
+    tl.store(best + sample * rows + row, top, mask=row < rows)
+    tl.store(partner + sample * rows + row, choice, mask=row < rows)
+
+
+@triton.jit
+def rank_kernel(
     best,
     partner,
     before,
@@ -59,24 +113,16 @@ def match_kernel(
     target,
     similarity,
     tokens,
-    dim,
     prefix,
     removed,
-    stride_b,
-    stride_h,
-    stride_n,
-    stride_d,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """Match one sample."""
+    """Rank the rows of one sample and write its plan."""
     sample = tl.program_id(0).to(tl.int64)
     rows, columns, left = (tokens + 1) // 2, tokens // 2, tokens - removed
     first_row, first_column = (prefix + 1) // 2, prefix // 2
-    features += sample * stride_b
     best += sample * rows
     partner += sample * rows
     before += sample * rows
@@ -86,26 +132,7 @@ def match_kernel(
     similarity += sample * removed
     kept += sample * left
 
-    for start in range(first_row, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        a = unit_rows(features, 2 * start, tokens, 2, stride_h, stride_n, stride_d, HEADS, dim, ROWS, DIM)
-        top = tl.full([ROWS], NOTHING_YET, tl.float32)
-        choice = tl.full([ROWS], 0, tl.int32) + first_column
-        for other in range(first_column, columns, COLUMNS):
-            column = other + tl.arange(0, COLUMNS)
-            b = unit_rows(features, 2 * other + 1, tokens, 2, stride_h, stride_n, stride_d, HEADS, dim, COLUMNS, DIM)
-            scores = tl.dot(a, tl.trans(b), input_precision="tf32x3")
-            scores = tl.where(scores == scores, scores, NOT_A_NUMBER)
-            scores = tl.where(column[None, :] < columns, scores, NOTHING_YET)
-            here, index = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
-            better = here > top
-            top = tl.where(better, here, top)
-            choice = tl.where(better, other + index, choice)
-        tl.store(best + row, top, mask=row < rows)
-        tl.store(partner + row, choice, mask=row < rows)
-    tl.debug_barrier()
-
-    # Rank the rows; `before` holds how many rows up to each, itself included, are sources.
+    # `before` holds how many rows up to each, itself included, are sources.
     gone = tl.zeros([], dtype=tl.int32)
     for start in range(first_row, rows, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -180,9 +207,36 @@ def match_bipartite(
     source, destination, target = (new(batch, r, dtype=torch.int64) for _ in range(3))
     kept, similarity = new(batch, tokens - r, dtype=torch.int64), new(batch, r, dtype=torch.float32)
     if batch:
-        rows_a_tile, width = tile(tokens, dim)
-        match_kernel[(batch,)](
+        width, side = max(triton.next_power_of_2(dim), 16), tile(tokens, dim)
+        unit = new(batch, tokens, dim, dtype=torch.float32)
+        unit_kernel[(batch, triton.cdiv(tokens, TOKENS_A_PROGRAM))](
             features,
+            unit,
+            tokens,
+            dim,
+            *features.stride(),
+            HEADS=count,
+            DIM=width,
+            TILE=TOKENS_A_PROGRAM,
+            num_warps=UNIT_WARPS,
+        )
+        first_row = (prefix + 1) // 2
+        if rows > first_row:
+            best_kernel[(batch, triton.cdiv(rows - first_row, side))](
+                unit,
+                best,
+                partner,
+                tokens,
+                dim,
+                first_row,
+                prefix // 2,
+                DIM=width,
+                ROWS=side,
+                COLUMNS=side,
+                num_warps=BEST_WARPS,
+                num_stages=BEST_STAGES,
+            )
+        rank_kernel[(batch,)](
             best,
             partner,
             torch.empty_like(partner),
@@ -192,22 +246,17 @@ def match_bipartite(
             target,
             similarity,
             tokens,
-            dim,
             prefix,
             r,
-            *features.stride(),
-            HEADS=count,
-            DIM=width,
-            ROWS=rows_a_tile,
-            COLUMNS=rows_a_tile,
+            ROWS=side,
+            COLUMNS=side,
             GROUPED=order == "grouped",
-            num_warps=WARPS,
+            num_warps=RANK_WARPS,
         )
     return source, destination, kept, target, similarity
 
 
-def tile(tokens: int, dim: int) -> tuple[int, int]:
-    """Rows and channels of a tile: no larger than registers hold, at least 16 (what a tensor core takes)."""
-    width = max(triton.next_power_of_2(dim), 16)
-    most = 64 if width <= 64 else 32
-    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), most), width
+def tile(tokens: int, dim: int) -> int:
+    """Rows of a tile: no larger than registers hold, at least 16 (what a tensor core takes)."""
+    most = ROWS_A_TILE if dim <= 64 else ROWS_A_TILE // 2
+    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), most)

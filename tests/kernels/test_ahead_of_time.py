@@ -30,7 +30,7 @@ STRIDES = (
 )
 FLOATS = (
     "best similarity merged_size channel_gate pair_gate weight sums_gradient token_gradient pair_weight_gradient "
-    "channel_weight_gradient norm_weight_gradient norm_bias_gradient total"
+    "channel_weight_gradient norm_weight_gradient norm_bias_gradient total unit"
 )
 TYPES = (
     dict.fromkeys(["source", "destination", "kept", "target"], "*i64")
@@ -54,9 +54,11 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
 
     found: dict[str, tuple[Any, dict[str, Any], int]] = {}
     for name, tokens, heads, dim in (("vit-b", 197, 12, 64), ("vit-l-384", 577, 16, 64), ("so400m", 729, 16, 72)):
-        rows, width = m.tile(tokens, dim)
-        constants = {"HEADS": heads, "DIM": width, "ROWS": rows, "COLUMNS": rows, "GROUPED": True}
-        found[f"match-{name}"] = (m.match_kernel, constants, m.WARPS)
+        side, width = m.tile(tokens, dim), {"DIM": triton.next_power_of_2(dim)}
+        sides = {"ROWS": side, "COLUMNS": side}
+        found[f"unit-{name}"] = (m.unit_kernel, width | {"HEADS": heads, "TILE": m.TOKENS_A_PROGRAM}, m.UNIT_WARPS)
+        found[f"best-{name}"] = (m.best_kernel, width | sides, m.BEST_WARPS)
+        found[f"rank-{name}"] = (m.rank_kernel, sides | {"GROUPED": True}, m.RANK_WARPS)
     for name, channels in (("vit-b", 768), ("so400m", 1152)):
         width = {"CHANNELS": triton.next_power_of_2(channels)}
         pairs, rows, tile = {"PAIRS": g.PAIRS_A_TILE}, {"ROWS": g.ROWS_A_PROGRAM}, {"TILE": g.INDICES_A_TILE}
@@ -83,12 +85,15 @@ def test_kernels_compile_ahead_of_time(capability: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from pyra.kernels.match_triton import BEST_STAGES
+
     for name, (kernel, constants, warps) in variants().items():
         names = kernel.arg_names
         fixed = {key: value for key, value in (UNIT | constants).items() if key in names}
         signature = {n: "constexpr" if n in fixed else TYPES.get(n, "i64" if n in STRIDES else "i32") for n in names}
         source = ASTSource(kernel, signature, {(names.index(key),): value for key, value in fixed.items()})
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        options = {"num_warps": warps} | ({"num_stages": BEST_STAGES} if name.startswith("best") else {})
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         registers, stack = resources(binary.asm["cubin"], tmp_path / "kernel.cubin")
         print(f"sm_{capability} {name}: {registers} registers, {stack} B spilled, {binary.metadata.shared} B shared")
         assert binary.metadata.shared <= SHARED_MEMORY[capability]
