@@ -82,7 +82,7 @@ def _model(arguments: Sequence[str]) -> int:
     from pyra.tasks.benchmarks.subject import Subject
 
     subject = Subject(options.backbone, options.image_size, options.device, options.dtype)
-    merging = {"backend": options.backend, "attention": options.attention}
+    merging: dict[str, Any] = {"backend": options.backend, "attention": options.attention}
     rows = inference_rows(subject, options.batch_size, options.rounds, **merging)
     rows += machinery_rows(subject, options.batch_size, options.rounds)
     if options.compile:

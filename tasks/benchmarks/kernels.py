@@ -277,5 +277,5 @@ def _goal(
     return (COPY_GOAL, share >= COPY_GOAL) if name == "merge" else (None, None)
 
 
-def _microseconds(spread: Spread) -> dict[str, float]:
+def _microseconds(spread: Spread) -> dict[str, Any]:
     return {name: 1e6 * value for name, value in spread._asdict().items()}
