@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyra.adapters.published import load_published_checkpoint
-    from pyra.backbones import macs, schedule_for, unwrap, wrap
+    from pyra.backbones import macs, schedule_for, set_rate, unwrap, wrap
     from pyra.backbones.features import token_features
     from pyra.config import PyraConfig
     from pyra.errors import PyraError, UnsupportedModelError
@@ -29,6 +29,7 @@ _HOMES = {
     "wrap": "pyra.backbones",
     "unwrap": "pyra.backbones",
     "schedule_for": "pyra.backbones",
+    "set_rate": "pyra.backbones",
     "macs": "pyra.backbones",
     "token_features": "pyra.backbones.features",
     "load_published_checkpoint": "pyra.adapters.published",
@@ -47,6 +48,7 @@ __all__ = [
     "match_tokens",
     "merge_tokens",
     "schedule_for",
+    "set_rate",
     "token_features",
     "unmerge_tokens",
     "unwrap",

@@ -29,6 +29,8 @@ class PyraConfig:
     Args:
         schedule: tokens removed in each block, one entry a block.
         rate: share of the MACs to save, in [0, 1); the schedule is solved for the wrapped model.
+        rate_range: lowest and highest rate that one set of weights is to serve, with a ``reactivation`` module in every
+            layer that merges at any of them; :func:`pyra.set_rate` switches. None: ``rate`` or ``schedule`` alone.
         reactivation: train re-activation weights (PYRA); False merges plainly (ToMe).
         proportional_attention: add log(size) of the keys to the attention scores.
         matching: how pairs are found: ``"bipartite"``, the published even/odd split (ToMe, arXiv 2210.09461);
@@ -57,6 +59,7 @@ class PyraConfig:
 
     schedule: list[int] | None = None
     rate: float | None = None
+    rate_range: list[float] | None = None
     reactivation: bool = True
     proportional_attention: bool = True
     matching: str = "bipartite"
@@ -75,6 +78,7 @@ class PyraConfig:
             problems += _schedule_problems(self.schedule)
         if self.rate is not None and not (_is_number(self.rate) and 0 <= self.rate < 1):
             problems.append(f"rate must be a number in [0, 1), got {self.rate!r}")
+        problems += _range_problems(self.rate_range)
         for name in ("reactivation", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -105,6 +109,8 @@ class PyraConfig:
         object.__setattr__(self, "window", int(self.window))
         if self.schedule is not None:
             object.__setattr__(self, "schedule", [int(r) for r in self.schedule])
+        if self.rate_range is not None:
+            object.__setattr__(self, "rate_range", [float(rate) for rate in self.rate_range])
 
     @classmethod
     def paper(cls, backbone: str, level: str) -> PyraConfig:
@@ -166,6 +172,15 @@ def _is_number(value: object) -> bool:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _range_problems(rates: object) -> list[str]:
+    if rates is None:
+        return []
+    if not isinstance(rates, (list, tuple)) or len(rates) != 2 or not all(map(_is_number, rates)):
+        return [f"rate_range must be two numbers, the lowest and the highest rate, got {rates!r}"]
+    lowest, highest = rates
+    return [] if 0 <= lowest <= highest < 1 else [f"rate_range must rise within [0, 1), got {rates!r}"]
 
 
 def _schedule_problems(schedule: object) -> list[str]:

@@ -7,13 +7,25 @@ imported only when one of its models turns up. What all families share is in :mo
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
+import warnings
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
 
-from pyra.backbones.layers import MergingLayer, Step, merging_layers, patched_forward, replace_layers, restore_layers
+from pyra.backbones.layers import (
+    MergingLayer,
+    Step,
+    merging_layers,
+    patched_forward,
+    replace_layers,
+    restore_layers,
+    switch_layers,
+)
 from pyra.config import PyraConfig
 from pyra.cost import Geometry, geometry_macs
 from pyra.errors import ConfigError, ScheduleError, UnsupportedModelError
@@ -21,6 +33,9 @@ from pyra.schedule import check_schedule, preset_for, solve_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 InputSize = int | tuple[int, int]
+REACTIVATION = "reactivation"
+_GRID = 16  # schedules looked at within a range of rates
+_RATE_STEP = 0.01  # a schedule of whole tokens misses its rate by less
 
 # Where a model's class (or a class it derives from) is defined -> the file of its family; the first match counts.
 _FAMILIES = (
@@ -33,9 +48,9 @@ _FAMILIES = (
 def wrap(model: Model, config: PyraConfig) -> Model:
     """Make ``model`` merge tokens, in place.
 
-    Every parameter keeps its name; layers that merge gain a ``reactivation`` module. With an all-zero schedule the
-    model is left as it is. Wrapping again with an equal configuration changes nothing; another configuration replaces
-    the first (re-activation weights start anew).
+    Every parameter keeps its name; layers that merge gain a ``reactivation`` module, and the model a method
+    ``set_rate`` (:func:`set_rate`). With an all-zero schedule its layers are left as they are. Wrapping again with an
+    equal configuration changes nothing; another configuration replaces the first (re-activation weights start anew).
 
     Args:
         model: a supported backbone, alone, under a head, in a two-tower model, or inside a PEFT model
@@ -67,18 +82,17 @@ def wrap(model: Model, config: PyraConfig) -> Model:
         raise UnsupportedModelError(
             f"{type(core).__name__} has its patches in no fixed order: matching='local' needs a grid; use another"
         )
-    patched = next(filter(None, map(patched_forward, family.layers(core))), None)
-    if patched is not None and any(schedule):
-        raise UnsupportedModelError(
-            f"{patched} has a forward of its own on the instance (patched, or hooked by accelerate), which merging "
-            "would pass by: wrap the model first, or use forward hooks"
-        )
+    pairs = most_removed(sizes, schedule, config)
+    if any(pairs):
+        _refuse_patched(family.layers(core))
     unwrap(model)
-    if any(schedule):
-        replace_layers(family.layers(core), _steps(sizes, schedule, config, grid), family.MERGING)
+    if any(pairs):
+        replace_layers(family.layers(core), _steps(sizes, schedule, pairs, config, grid), family.MERGING)
         family.prepare(core)
     core.pyra_config = config  # type: ignore[assignment]
     core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
+    outer = _outer(model)
+    outer.set_rate = functools.partial(set_rate, outer)  # type: ignore[assignment]
     return model
 
 
@@ -93,7 +107,7 @@ def unwrap(model: Model) -> Model:
     if wrapped_config(model) is not None:
         core = _core(model)
         family: Any = _family(core)
-        if any(wrapped_schedule(model) or ()):
+        if next(merging_layers(core), None) is not None:
             in_place = [layer for layer in family.layers(core) if isinstance(layer, MergingLayer)]
             if in_place != list(merging_layers(core)):
                 raise UnsupportedModelError(
@@ -103,13 +117,95 @@ def unwrap(model: Model) -> Model:
             restore_layers(family.layers(core))
             family.restore(core)
         del core.pyra_config, core.pyra_schedule
+        _outer(model).__dict__.pop("set_rate", None)
     return model
 
 
-def _steps(sizes: Geometry, schedule: list[int], config: PyraConfig, grid: tuple[int, int] | None) -> list[Step]:
+def set_rate(model: Model, rate: float | None = None, *, schedule: list[int] | None = None) -> Model:
+    """Switch a wrapped model to another rate, in place; its weights stay as they are.
+
+    Re-activation weights belong to the rank of a pair: fewer pairs read the first rows, and pairs beyond the last row
+    do not contribute to the channel weights. A layer that did not merge before merges without them.
+
+    Args:
+        model: wrapped, alone or inside a PEFT model, training or not.
+        rate: share of the MACs to save, in [0, 1).
+        schedule: tokens removed in each layer, instead.
+
+    Returns:
+        ``model``. Its configuration and schedule are the new ones.
+
+    Raises:
+        ConfigError: for a model that is not wrapped, or unless exactly one of ``rate`` and ``schedule`` is given.
+        ScheduleError: where the schedule does not fit or the rate cannot be reached. Nothing has then changed.
+
+    A rate outside those that the weights are for is warned of.
+
+    Example:
+        >>> set_rate(model, 0.5)  # doctest: +SKIP
+    """
+    before = wrapped_config(model)
+    if before is None:
+        raise ConfigError("set_rate switches a model that merges tokens: wrap or adapt it first")
+    family, core = locate(model)
+    sizes = family.geometry(core, None)
+    known = before.rate_range or [_rate_of(sizes, wrapped_schedule(model) or [])] * 2
+    config = dataclasses.replace(before, rate=rate, schedule=schedule, rate_range=known)
+    new = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
+    check_schedule(new, sizes)
+    asked = _rate_of(sizes, new)
+    trained = before.rate_range is not None or any(hasattr(x, REACTIVATION) for x in merging_layers(core))
+    if trained and not known[0] - _RATE_STEP <= asked <= known[1] + _RATE_STEP:
+        warnings.warn(
+            f"rate {asked:.2f} is outside what these weights are for ({_said(known)}): expect a loss of accuracy, or "
+            "train with a rate_range that holds it",
+            stacklevel=2,
+        )
+    grid, layers = family.patch_grid(core), family.layers(core)
+    plain = next(merging_layers(core), None) is None
+    if any(new):
+        _refuse_patched(layers)
+    switch_layers(layers, _steps(sizes, new, [0] * len(new), config, grid), family.MERGING)
+    if plain and any(new):
+        family.prepare(core)
+    core.pyra_config, core.pyra_schedule = config, tuple(new)
+    return model
+
+
+def _refuse_patched(layers: Iterable[nn.Module]) -> None:
+    patched = next(filter(None, map(patched_forward, layers)), None)
+    if patched is not None:
+        raise UnsupportedModelError(
+            f"{patched} has a forward of its own on the instance (patched, or hooked by accelerate), which merging "
+            "would pass by: wrap the model first, or use forward hooks"
+        )
+
+
+def most_removed(sizes: Geometry, schedule: list[int], config: PyraConfig) -> list[int]:
+    """Return the most tokens that each layer removes at any rate of a configuration."""
+    schedules = [schedule]
+    if config.rate_range is not None:
+        lowest, highest = config.rate_range
+        rates = (lowest + (highest - lowest) * point / _GRID for point in range(_GRID + 1))
+        schedules += [solve_schedule(sizes, rate=rate) for rate in rates]
+    return [max(removed) for removed in zip(*schedules, strict=True)]
+
+
+def _rate_of(sizes: Geometry, schedule: list[int]) -> float:
+    return 1 - geometry_macs(sizes, schedule) / geometry_macs(sizes)
+
+
+def _said(rates: list[float]) -> str:
+    lowest, highest = (f"{rate:.2f}" for rate in rates)
+    return f"rate {lowest}" if lowest == highest else f"rates {lowest} to {highest}"
+
+
+def _steps(
+    sizes: Geometry, schedule: list[int], pairs: list[int], config: PyraConfig, grid: tuple[int, int] | None
+) -> list[Step]:
     return [
-        Step(layer, sizes.depth, removed, sizes.prefix_tokens, sizes.dim, config, grid)
-        for layer, removed in enumerate(schedule)
+        Step(layer, sizes.depth, removed, most, sizes.prefix_tokens, sizes.dim, config, grid)
+        for layer, (removed, most) in enumerate(zip(schedule, pairs, strict=True))
     ]
 
 
@@ -214,9 +310,15 @@ def locate(model: nn.Module) -> tuple[ModuleType, nn.Module]:
     return family, core
 
 
+def _outer(model: nn.Module) -> nn.Module:
+    """Return the model that the user made, inside a PEFT model."""
+    outer: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return outer
+
+
 def _core(model: nn.Module) -> nn.Module:
     """Return the backbone inside a PEFT model, transformers' wrapper of a timm model, a head or a two-tower model."""
-    core: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    core = _outer(model)
     core = getattr(core, "timm_model", core)
     family = _family(core)
     return family.tower(core) if hasattr(family, "tower") else core  # type: ignore[union-attr]

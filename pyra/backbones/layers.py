@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, MutableSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Step:
         layer: index of the layer, from 0.
         depth: number of layers.
         removed: tokens it merges away.
+        pairs: rows of its re-activation weights, as many as it removes at any rate; 0 where it never merges.
         prefix: leading tokens that never merge.
         dim: channels ``C``.
         config: how tokens are matched and merged.
@@ -77,6 +78,7 @@ class Step:
     layer: int
     depth: int
     removed: int
+    pairs: int
     prefix: int
     dim: int
     config: PyraConfig
@@ -216,9 +218,27 @@ def replace_layers(layers: MutableSequence[nn.Module], steps: list[Step], kind: 
 
     An error leaves the list as it was.
     """
-    first = next(index for index, step in enumerate(steps) if step.removed)
+    first = next(index for index, step in enumerate(steps) if step.removed or step.pairs)
     made = [_standing_for(layers[index], steps[index], kind) for index in range(first, len(steps))]
     for index, layer in enumerate(made, first):
+        layers[index] = layer
+
+
+def switch_layers(layers: MutableSequence[nn.Module], steps: list[Step], kind: type[MergingLayer]) -> None:
+    """Give the layers of a wrapped model other steps; re-activation weights stay.
+
+    Layers before the first that stood in so far are replaced, if they merge now. An error leaves the list as it was.
+    """
+    standing = {found.step.layer: found for layer in layers for found in merging_layers(layer)}
+    first = min((index for index, step in enumerate(steps) if step.removed), default=len(steps))
+    made = {
+        index: _standing_for(layers[index], steps[index], kind)
+        for index in range(first, len(steps))
+        if index not in standing
+    }
+    for index, layer in standing.items():
+        layer.step = replace(steps[index], pairs=layer.step.pairs)
+    for index, layer in made.items():
         layers[index] = layer
 
 
@@ -240,7 +260,7 @@ def _standing_for(layer: nn.Module, step: Step, kind: type[MergingLayer]) -> Mer
         new.__dict__[name] = dict(layer.__dict__[name])
     new.step = step
     new.replaced = (layer,)
-    if step.removed and step.config.reactivation:
+    if step.pairs and step.config.reactivation:
         weight = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
         if weight is None:
             raise UnsupportedModelError(
@@ -248,7 +268,7 @@ def _standing_for(layer: nn.Module, step: Step, kind: type[MergingLayer]) -> Mer
                 "like: give reactivation=False"
             )
         with torch.inference_mode(False):  # they are to be trained, wherever this runs
-            new.reactivation = Reactivation(step.removed, step.dim, device=weight.device, dtype=weight.dtype)
+            new.reactivation = Reactivation(step.pairs, step.dim, device=weight.device, dtype=weight.dtype)
         new.reactivation.train(layer.training)
     return new
 
