@@ -17,6 +17,9 @@ class EvaluateOptions:
 
     run: str = option("", "folder written by pyra train")
     split: str = option("test", "split to score")
+    rate: float | None = option(
+        None, "share of the MACs to save; the run's own by default, any of its range if elastic"
+    )
     batch_size: int | None = option(None, "images a forward; the run's own by default")
     device: str = option("auto", "auto, cpu or cuda")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         prog="pyra evaluate",
         description="Score a saved run as it is deployed (adapter folded, tokens merged) and time it.",
-        example="pyra evaluate runs/a",
+        example="pyra evaluate runs/a\n  pyra evaluate runs/elastic --rate 0.5",
         positional="run",
     )
     if not options.run:
@@ -45,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=options.batch_size,
         device=options.device,
         skip_broken=options.skip_broken,
+        rate=options.rate,
     )
     print(results_table([result]))
     if result.skipped_images:
         print(f"{result.skipped_images} unreadable images were left out")
-    print(f"written to {Path(options.run) / evaluation_file(options.split)}")
+    print(f"written to {Path(options.run) / evaluation_file(options.split, options.rate)}")
     return 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pyra.backbones import macs, unwrap, wrapped_schedule
+from pyra.backbones import macs, set_rate, unwrap, wrapped_config, wrapped_schedule
 from pyra.backbones.loading import preprocessing
 from pyra.errors import ConfigError, DataError, TrainingError
 from pyra.files import write_json
@@ -127,8 +127,17 @@ def evaluate_run(
     batch_size: int | None = None,
     device: str = "auto",
     skip_broken: bool = False,
+    rate: float | None = None,
 ) -> RunResult:
     """Score and time a run folder again, with the data and weights it names; writes :func:`evaluation_file` into it.
+
+    Args:
+        folder: of the run.
+        split: of its task.
+        batch_size: images a forward; the run's own by default.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        skip_broken: leave unreadable images out.
+        rate: share of the MACs to save; the run's own by default.
 
     Raises:
         ConfigError: for a batch size or device that cannot be used.
@@ -139,6 +148,12 @@ def evaluate_run(
         raise ConfigError(f"--batch-size must be a positive number, got {batch_size}")
     target = resolve_device(device)
     model, options, labels = load_run(folder)
+    if rate is not None:
+        if wrapped_config(model) is None:
+            raise ConfigError(
+                f"--rate {rate}: {folder} was trained with --method {options.method}, which merges nothing"
+            )
+        set_rate(model, rate)
     trained = read_result(folder)
     task = task_of_run(folder, options, labels)
     data = data_for(model, task, split, skip_broken=skip_broken or options.skip_broken, limit=options.limit)
@@ -157,7 +172,7 @@ def evaluate_run(
         protocol=f"{split} split",
         environment=environment(str(target)),
     )
-    write_json(folder / evaluation_file(split), result.to_dict())
+    write_json(folder / evaluation_file(split, rate), result.to_dict())
     return result
 
 
@@ -169,6 +184,7 @@ def task_of_run(folder: Path, options: RunOptions, labels: list[str]) -> Task:
     return task
 
 
-def evaluation_file(split: str) -> str:
-    """Name the file that ``pyra evaluate`` writes: ``evaluation.json`` for the test split, else with its name."""
-    return "evaluation.json" if split == "test" else f"evaluation-{split}.json"
+def evaluation_file(split: str, rate: float | None = None) -> str:
+    """Name the file that ``pyra evaluate`` writes: ``evaluation.json``, with what was asked for in its name."""
+    parts = ["evaluation"] + ([split] if split != "test" else []) + ([f"rate-{rate:g}"] if rate is not None else [])
+    return f"{'-'.join(parts)}.json"

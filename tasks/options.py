@@ -40,10 +40,14 @@ class RunOptions:
     data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     method: str = option("pyra", "how to adapt", choices=tuple(METHODS))
-    rate: float | None = option(None, "share of the MACs to save by merging tokens, in [0, 1)")
+    rate: str | None = option(
+        None, "share of the MACs to save by merging tokens, in [0, 1); with --elastic a range such as 0.3:0.8"
+    )
     schedule: list[int] | None = option(  # noqa: RUF009 - a dataclass field
         None, "tokens removed in each block, instead of --rate: 16,16,16,..."
     )
+    elastic: bool = option(False, "train one adapter for every rate of the range")
+    distill: bool = option(False, "let compressed passes learn from the uncompressed one, too (with --elastic)")
     rank: int = option(8, "rank of LoRA, width of the bottleneck adapter")
     targets: str = option("qkv", "modules that LoRA adapts, such as qkv,proj,fc1,fc2")
     dropout: float = option(0.1, "dropout in the adapter")
@@ -64,6 +68,8 @@ class RunOptions:
         """Check all options together; raises :class:`ConfigError` with every problem."""
         if self.task is None and self.data is None:
             self.task = "demo"
+        if isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool):
+            self.rate = str(self.rate)
         problems = type_problems(RunOptions, {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
@@ -85,6 +91,7 @@ class RunOptions:
             problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
         if self.method not in MERGING and given:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
+        problems += self._elastic_problems(given)
         for name in ("rank", "epochs", "batch_size", "lr"):
             if not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
@@ -100,7 +107,7 @@ class RunOptions:
             problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
         if re.fullmatch(DEVICES, self.device) is None:
             problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
-        if self.method in MERGING and len(given) == 1:
+        if self.method in MERGING and len(given) == 1 and not problems:
             try:
                 self.pyra_config()
             except ConfigError as error:
@@ -112,7 +119,38 @@ class RunOptions:
         """Return what to merge, or None."""
         if self.method not in MERGING:
             return None
-        return PyraConfig(rate=self.rate, schedule=self.schedule, reactivation=self.method == "pyra")
+        rates = self.rates()
+        return PyraConfig(
+            rate=rates[-1] if rates else None,
+            rate_range=rates if self.elastic else None,
+            schedule=self.schedule,
+            reactivation=self.method == "pyra",
+        )
+
+    def rates(self) -> list[float]:
+        """Return the rate, or the lowest and the highest of a range; nothing without one."""
+        try:
+            return [] if self.rate is None else [float(part) for part in self.rate.split(":")]
+        except ValueError:
+            raise ConfigError(f"--rate must be a number, or two as in 0.3:0.8, got {self.rate!r}") from None
+
+    def _elastic_problems(self, given: list[str]) -> list[str]:
+        try:
+            rates = self.rates()
+        except ConfigError as error:
+            return [str(error)]
+        problems = []
+        if len(rates) > 2 or (len(rates) == 2 and not 0 <= rates[0] < rates[1] < 1):
+            problems.append(
+                f"--rate must be a number, or two that rise within [0, 1), as in 0.3:0.8, got {self.rate!r}"
+            )
+        if len(rates) == 2 and not self.elastic:
+            problems.append(f"--rate {self.rate} is a range: add --elastic to train one adapter for all of it")
+        if self.elastic and len(rates) != 2:
+            problems.append("--elastic needs a range of rates, such as --rate 0.3:0.8")
+        if self.distill and not self.elastic:
+            problems.append("--distill goes with --elastic")
+        return problems
 
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""

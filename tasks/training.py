@@ -26,6 +26,8 @@ from transformers import (
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.adapt import REACTIVATION
+from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
+from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, load_task
@@ -40,18 +42,30 @@ PROTOCOL = "last epoch, test split scored once"
 
 
 class ImageTrainer(Trainer):
-    """Modifications against ``Trainer``: the loss of a model that maps images to logits."""
+    """Modifications against ``Trainer``: the loss of a model that maps images to logits, at the rate of the step."""
+
+    sampler: RateSampler | None = None
+    distill: bool = False
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of ``pixel_values`` [B, 3, S, S] against ``labels`` [B]."""
+        """Cross-entropy of ``pixel_values`` [B, 3, S, S] against ``labels`` [B]; with a teacher, divergence from it."""
+        teacher = None
+        if self.sampler is not None:
+            inner = self.accelerator.unwrap_model(model)
+            set_rate(inner, self.sampler.rate(self.state.global_step))
+            if self.distill:
+                with uncompressed(inner):
+                    teacher = model(inputs["pixel_values"])
         logits = model(inputs["pixel_values"])
         if isinstance(logits, tuple):  # distilled models train both heads
             loss = torch.stack([F.cross_entropy(head, inputs["labels"]) for head in logits]).mean()
             logits = torch.stack(logits).mean(0)
         else:
             loss = F.cross_entropy(logits, inputs["labels"])
+        if teacher is not None:
+            loss = loss + distillation_loss(logits, teacher)
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
@@ -216,10 +230,14 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
         )
     optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr, weight_decay=options.weight_decay)
     trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
+    if options.elastic:
+        trainer.sampler, trainer.distill = RateSampler(options.rates(), seed=options.seed), options.distill
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressBar(f"{options.method}: training"))
     trainer.train()
+    if options.elastic:
+        set_rate(model, options.rates()[-1])
     seconds = time.perf_counter() - start
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if broken:

@@ -144,32 +144,36 @@ def set_rate(model: Model, rate: float | None = None, *, schedule: list[int] | N
     Example:
         >>> set_rate(model, 0.5)  # doctest: +SKIP
     """
-    before = wrapped_config(model)
+    before, sizes = wrapped_config(model), geometry(model)
     if before is None:
         raise ConfigError("set_rate switches a model that merges tokens: wrap or adapt it first")
-    family, core = locate(model)
-    sizes = family.geometry(core, None)
     known = before.rate_range or [_rate_of(sizes, wrapped_schedule(model) or [])] * 2
     config = dataclasses.replace(before, rate=rate, schedule=schedule, rate_range=known)
     new = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
     check_schedule(new, sizes)
     asked = _rate_of(sizes, new)
-    trained = before.rate_range is not None or any(hasattr(x, REACTIVATION) for x in merging_layers(core))
+    trained = before.rate_range is not None or any(hasattr(x, REACTIVATION) for x in merging_layers(_core(model)))
     if trained and not known[0] - _RATE_STEP <= asked <= known[1] + _RATE_STEP:
         warnings.warn(
             f"rate {asked:.2f} is outside what these weights are for ({_said(known)}): expect a loss of accuracy, or "
             "train with a rate_range that holds it",
             stacklevel=2,
         )
-    grid, layers = family.patch_grid(core), family.layers(core)
-    plain = next(merging_layers(core), None) is None
-    if any(new):
-        _refuse_patched(layers)
-    switch_layers(layers, _steps(sizes, new, [0] * len(new), config, grid), family.MERGING)
-    if plain and any(new):
-        family.prepare(core)
-    core.pyra_config, core.pyra_schedule = config, tuple(new)
+    switch(model, config, new)
     return model
+
+
+def switch(model: nn.Module, config: PyraConfig, schedule: list[int]) -> None:
+    """Give a wrapped model another configuration and schedule, which fits; weights stay as they are."""
+    family, core = locate(model)
+    layers, plain = family.layers(core), next(merging_layers(core), None) is None
+    if any(schedule):
+        _refuse_patched(layers)
+    steps = _steps(family.geometry(core, None), schedule, [0] * len(schedule), config, family.patch_grid(core))
+    switch_layers(layers, steps, family.MERGING)
+    if plain and any(schedule):
+        family.prepare(core)
+    core.pyra_config, core.pyra_schedule = config, tuple(schedule)
 
 
 def _refuse_patched(layers: Iterable[nn.Module]) -> None:

@@ -148,7 +148,11 @@ def test_unfinished_or_foreign_folders(tiny_backbone: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "options.json").write_text(json.dumps({**stored, "epoch": 3}))
     with pytest.raises(DataError, match="'epoch' \\(did you mean 'epochs'"):
         evaluate_run(tmp_path / "run")
-    for changed, message in (({"rate": "half"}, "rate = 'half'"), ({"device": "cpu:-1"}, "--device"), ([1], "list")):
+    for changed, message in (
+        ({"rate": "half"}, "--rate must be a number"),
+        ({"device": "cpu:-1"}, "--device"),
+        ([1], "list"),
+    ):
         values = {**stored, **changed} if isinstance(changed, dict) else changed
         (tmp_path / "run" / "options.json").write_text(json.dumps(values))
         with pytest.raises(DataError, match=message):

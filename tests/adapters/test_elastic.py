@@ -1,0 +1,104 @@
+"""Which rate a step runs at, and the uncompressed pass of the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from backbone_families import FAMILIES, build, result, run, trained
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyra import PyraConfig, unwrap, wrap
+from pyra.adapters import adapt
+from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
+from pyra.backbones import wrapped_config, wrapped_schedule
+from pyra.errors import ConfigError
+
+RANGE = [0.1, 0.4]
+
+
+def test_a_sandwich_is_the_lowest_the_highest_and_one_between() -> None:
+    rates = [RateSampler(RANGE).rate(step) for step in range(60)]
+    assert rates[0::3] == [0.1] * 20 and rates[1::3] == [0.4] * 20
+    between = rates[2::3]
+    assert all(0.1 < rate < 0.4 for rate in between) and len(set(between)) > 5
+
+
+def test_uniform_draws_all_of_the_range() -> None:
+    rates = [RateSampler(RANGE, "uniform").rate(step) for step in range(400)]
+    assert (min(rates), max(rates)) == (0.1, 0.4) and len(set(rates)) == 17
+    assert sum(rates) / 400 == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_draw_depends_on_seed_and_step_alone() -> None:
+    one, other = RateSampler(RANGE, seed=1), RateSampler(RANGE, seed=1)
+    forwards, backwards = [one.rate(s) for s in range(30)], [other.rate(s) for s in reversed(range(30))]
+    assert forwards == backwards[::-1]
+    assert forwards != [RateSampler(RANGE, seed=2).rate(s) for s in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "rule", "said"), [(RANGE, "random", "one of sandwich, uniform"), ([0.3, 0.3], "uniform", "higher rate")]
+)
+def test_what_cannot_be_drawn(rates: list[float], rule: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RateSampler(rates, rule)
+
+
+def values(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return result(run(model, inputs))
+
+
+@pytest.mark.parametrize("family", ["timm-vit", "timm-eva-dinov3", "hf-siglip"])
+def test_the_uncompressed_pass_is_that_of_the_unwrapped_model(family: str) -> None:
+    inputs = FAMILIES[family].inputs()
+    model = trained(wrap(build(family), PyraConfig(rate=0.4, rate_range=RANGE))).train()
+    model.blocks[0].eval() if hasattr(model, "blocks") else None
+    modes = [module.training for module in model.modules()]
+    before = wrapped_config(model), wrapped_schedule(model)
+    expected = values(unwrap(copy.deepcopy(model)).eval(), inputs)
+    with uncompressed(model):
+        assert torch.equal(result(run(model, inputs)), expected) and not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == modes
+    assert (wrapped_config(model), wrapped_schedule(model)) == before and torch.is_grad_enabled()
+    assert not torch.equal(values(model.eval(), inputs), expected)
+
+
+def test_an_error_inside_brings_merging_back() -> None:
+    model = wrap(build("timm-vit"), PyraConfig(rate=0.4))
+    schedule = wrapped_schedule(model)
+    with pytest.raises(ZeroDivisionError), uncompressed(model):
+        _ = 1 / 0
+    assert wrapped_schedule(model) == schedule and torch.is_grad_enabled()
+    with pytest.raises(ConfigError, match="wrap or adapt it first"), uncompressed(build("timm-vit")):
+        pass
+
+
+def test_the_divergence_is_that_of_its_definition() -> None:
+    student, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    p, q = teacher.double().softmax(1), student.double().softmax(1)
+    expected = (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher).double(), expected, rtol=1e-5, atol=1e-6)
+    assert distillation_loss(teacher, teacher).abs() < 1e-6
+
+
+def test_weights_of_every_rank_are_trained() -> None:
+    """At the lowest rate few pairs merge; over the range every row of W_r has seen a gradient.
+
+    The model averages its tokens: a class token alone would not see what merges in the last layer.
+    """
+    model = adapt(build("timm-average"), pyra=PyraConfig(rate=0.4, rate_range=RANGE), peft=LoraConfig())
+    for parameter in (p for n, p in model.named_parameters() if "channel_weight" in n and p.requires_grad):
+        nn.init.normal_(parameter)
+    inputs, labels, seen = FAMILIES["timm-average"].inputs(), torch.tensor([0, 1, 2]), {}
+    for step in range(60):
+        model.set_rate(RateSampler(RANGE).rate(step))
+        F.cross_entropy(result(run(model, inputs)), labels).backward()
+    for name, parameter in model.named_parameters():
+        if "pair_weight" in name and parameter.requires_grad:
+            seen[name] = parameter.grad
+    assert len(seen) == 3 and all((gradient != 0).all() for gradient in seen.values())
