@@ -19,7 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.adapters.adapt import REACTIVATION, carry_reactivation, trained_modules, undone_on_error
+from pyra.adapters.adapt import carry_reactivation
+from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.starts import save_as_plain_lora
+from pyra.adapters.targets import REACTIVATION, trained_modules
 from pyra.backbones import wrap, wrapped_config, wrapped_schedule
 from pyra.checkpoints import value_problems
 from pyra.config import PyraConfig
@@ -53,6 +56,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             _check_nothing_is_lost(model, name)
             model.save_pretrained(staging, save_embedding_layers=False)
             written = written if name == "default" else written / name
+            save_as_plain_lora(model, written / WEIGHTS, written / PEFT_FILE)
         else:
             modules = dict(model.named_modules())
             trained = {f"{name}.{key}" for name in trained_modules(model) for key in modules[name].state_dict()}
@@ -92,7 +96,7 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     weights = read_adapter_weights(folder)
-    with undone_on_error(base):
+    with unchanged_on_error(base):
         return _attach(base, folder, weights).eval()
 
 
@@ -175,11 +179,16 @@ def _only_adapter(model: PeftModel) -> str:
 
 def _check_nothing_is_lost(model: PeftModel, adapter: str) -> None:
     """Refuse to save where a weight that was trained belongs to no adapter and to no module saved whole."""
-    saved = {tensor.data_ptr() for tensor in _adapter_state(model, adapter).values()}
+    state = _adapter_state(model, adapter)
+    if model.peft_config[adapter].is_prompt_learning:  # saved is what their encoder makes of its weights
+        state |= {name: p for name, p in model.named_parameters() if name.startswith("prompt_encoder.")}
+    saved = {tensor.data_ptr() for tensor in state.values()}
     lost = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.data_ptr() not in saved
+        if parameter.requires_grad
+        and parameter.data_ptr() not in saved
+        and name.replace(f".{adapter}", "") not in state  # AdaLoRA saves the rows that are left, copied
     ]
     if lost:
         raise ConfigError(

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pyra.adapters import fold_adapter, save_adapter
-from pyra.adapters.adapt import REACTIVATION
+from pyra.adapters.targets import REACTIVATION
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, load_task
