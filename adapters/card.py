@@ -140,7 +140,7 @@ def _merging(model: nn.Module, schedule: list[int] | None) -> str:
 
 def _front_matter(base: str | None, method: str, merges: bool, info: CardInfo, task_type: str) -> str:
     results = None
-    if info.metric is not None:
+    if info.metric is not None and info.task is not None:
         results = [
             EvalResult(
                 task_type=task_type,

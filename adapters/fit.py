@@ -29,7 +29,7 @@ def check_backbone(base: nn.Module, stored: StoredAdapter) -> None:
         if key.endswith(f".{REACTIVATION}.channel_weight") and tensor.ndim
     }
     if width is not None and stored_widths - {width}:
-        found.append(_other("width", *(stored_widths - {width}), width))
+        found.append(_other("width", min(stored_widths - {width}), width))
     if found:
         raise CheckpointError(f"{stored.folder} does not fit this backbone: {' and '.join(found)}")
 

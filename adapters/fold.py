@@ -18,13 +18,15 @@ def fold_adapter(model: nn.Module) -> nn.Module:
     without PEFT layers is returned as it is, one that is folded already too.
 
     Args:
-        model: from :func:`pyra.adapters.adapt` or :func:`pyra.adapters.load_adapter`.
+        model: from :func:`pyra.adapters.adapt`, :func:`pyra.adapters.load_adapter` or
+            :func:`pyra.load_published_checkpoint`.
 
     Raises:
         ConfigError: for a method that has no weights to fold into (prompts), or that PEFT cannot fold into this model;
             the model is then as it was.
     """
     if not isinstance(model, PeftModel):
+        _fold_injected(model)
         return model
     config = model.peft_config[model.active_adapter]
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -49,3 +51,14 @@ def fold_adapter(model: nn.Module) -> nn.Module:
                 "load_adapter returns it, or train a method that folds, such as LoraConfig (the model is unchanged)"
             ) from None
     return folded
+
+
+def _fold_injected(model: nn.Module) -> None:
+    """Fold PEFT layers that are in a plain module, as ``load_published_checkpoint`` puts them there."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()
+                setattr(parent, name, child.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config

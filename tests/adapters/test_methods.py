@@ -53,6 +53,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=30),
     "ln_tuning": lambda: peft.LNTuningConfig(),
     "bottleneck": lambda: BottleneckConfig(width=4),
+    "bottleneck-parallel": lambda: BottleneckConfig(width=4, placement="parallel", scale=0.5),
 }
 
 
@@ -245,3 +246,19 @@ def test_methods_that_cannot_fold(method: peft.PeftConfig, reason: str, tmp_path
     assert state.keys() == before[1].keys()
     assert all(torch.equal(value, before[1][name]) for name, value in state.items())
     torch.testing.assert_close(values(loaded, "decoder"), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", [peft.LoraConfig(init_lora_weights=False, target_modules=["qkv"]), BottleneckConfig(width=4)]
+)
+def test_layers_in_a_plain_module_fold_too(method: peft.PeftConfig) -> None:
+    """As load_published_checkpoint puts them there."""
+    model = peft.inject_adapter_in_model(method, build("timm-vit"))
+    for name, parameter in model.named_parameters():
+        if "bottleneck_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    expected = values(model, "timm")
+    assert (expected - values(MODELS["timm"](), "timm")).abs().max() > 0.02
+    assert fold_adapter(model) is model
+    torch.testing.assert_close(values(model, "timm"), expected, atol=1e-5, rtol=1e-4)
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
