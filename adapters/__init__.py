@@ -6,11 +6,13 @@ from pyra.adapters.card import CardInfo
 from pyra.adapters.fold import fold_adapter
 from pyra.adapters.hub import push_adapter
 from pyra.adapters.loading import load_adapter
+from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.saving import save_adapter
 
 __all__ = [
     "BottleneckConfig",
     "CardInfo",
+    "VisualPromptsConfig",
     "adapt",
     "fold_adapter",
     "load_adapter",

@@ -8,6 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights, remember_start
 from pyra.adapters.targets import REACTIVATION, fill_in_targets, trained_modules
@@ -57,10 +58,16 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
             carry_reactivation(wrap(model, pyra))
         return model
     with unchanged_on_error(model, altered=[model] if peft is not None and changes_weights(peft) else []):
-        return _adapt(wrap(model, pyra) if pyra is not None else model, peft)
+        if pyra is None:
+            return _attach(model, peft)
+        if not isinstance(peft, VisualPromptsConfig):
+            return _attach(wrap(model, pyra), peft)
+        adapted = _attach(model, peft)  # its tokens are to be counted when the model is wrapped
+        carry_reactivation(wrap(adapted, pyra))
+        return adapted
 
 
-def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
+def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     trained = trained_modules(model)
     if peft is None:
         model.requires_grad_(False)
@@ -72,7 +79,7 @@ def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     if config.is_prompt_learning and is_image_model(model):
         raise ConfigError(
             f"{type(config).__name__} puts prompts before the words of a language model, and {type(model).__name__} "
-            "reads images: use another method, such as LoraConfig"
+            "reads images: use VisualPromptsConfig of pyra.adapters"
         )
     fill_in_targets(config, model)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}

@@ -83,12 +83,17 @@ def check_fit(base: nn.Module, own: Mapping[str, Tensor], stored: StoredAdapter,
 def _differences(
     base: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], misfits: Mapping[str, Tensor]
 ) -> list[str]:
-    """Depth by the highest block that has tensors, width by the sides that are as wide as the backbone."""
+    """Depth by the highest block that has tensors or by the prompts of all layers, width by sides as wide as it."""
     stored_blocks, own_blocks = _blocks(weights), _blocks(own)
     found = [
         _other("depth", stored_blocks[path], own_blocks[path])
         for path in sorted(stored_blocks.keys() & own_blocks.keys())
         if stored_blocks[path] != own_blocks[path]
+    ]
+    found += [
+        _other("depth", len(tensor), len(own[key]))
+        for key, tensor in misfits.items()
+        if key.endswith(".visual_prompts") and tensor.ndim and len(tensor) != len(own[key])
     ]
     width, _ = _sizes(base)
     sides = {

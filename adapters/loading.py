@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from pyra.adapters.adapt import carry_reactivation
 from pyra.adapters.fit import check_backbone, check_fit, check_merging
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
+from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights
 from pyra.adapters.targets import REACTIVATION, trained_modules
@@ -56,7 +58,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _attach(base: nn.Module, stored: StoredAdapter) -> nn.Module:
-    if stored.pyra is not None:
+    prompted = isinstance(stored.peft, VisualPromptsConfig)  # its tokens are to be counted when the model is wrapped
+    if stored.pyra is not None and not prompted:
         _merge(base, stored, stored.pyra)
     if stored.peft is None:
         modules = dict(base.named_modules())
@@ -70,8 +73,14 @@ def _attach(base: nn.Module, stored: StoredAdapter) -> nn.Module:
         origin, config.base_model_name_or_path = config.base_model_name_or_path, None
         model = get_peft_model(base, config)  # puts None there for models that are not transformers', with a warning
         config.base_model_name_or_path = origin
+    except PyraError:
+        raise
     except Exception as error:  # the file may ask for anything, and peft raises what comes up
         raise CheckpointError(f"{stored.folder} does not fit this backbone: {one_line(error)}") from None
+    if stored.pyra is not None and prompted:
+        _merge(base, stored, stored.pyra)
+        carry_reactivation(model)
+        model.requires_grad_(False)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_fit(base, own, stored, set(own))
     set_peft_model_state_dict(model, stored.weights)

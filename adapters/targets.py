@@ -8,8 +8,10 @@ from typing import Any
 from peft import IA3Config, LNTuningConfig, PeftConfig
 from torch import nn
 
+from pyra.adapters.prompts import VisualPromptsConfig
+from pyra.adapters.prompts.model import prompt_target
 from pyra.backbones import locate
-from pyra.errors import UnsupportedModelError
+from pyra.errors import ConfigError, UnsupportedModelError
 
 REACTIVATION = "reactivation"
 # The paper adapts the fused qkv (arXiv 2403.09192, section 4).
@@ -20,14 +22,22 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm)
 def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     """Set ``target_modules`` (in place) where it is None and the model an image model; PEFT knows language models.
 
-    Norm tuning takes the norms of the image encoder, every other method the projections to queries, keys and values.
-    (IA)3 rescales those alone: none of them feeds an MLP.
+    Norm tuning takes the norms of the image encoder, prompts the place where its tokens come from, every other method
+    the projections to queries, keys and values. (IA)3 rescales those alone: none of them feeds an MLP.
+
+    Raises:
+        ConfigError: for visual prompts, where the model has no place for them.
     """
     if getattr(config, "target_modules", "none to ask for") is not None or getattr(config, "target_parameters", None):
         return
     try:
         _, core = locate(model)
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
+        if isinstance(config, VisualPromptsConfig):
+            raise ConfigError(f"visual prompts need an image encoder that could merge: {error}") from None
+        return
+    if isinstance(config, VisualPromptsConfig):
+        config.target_modules = prompt_target(model, core)
         return
     if isinstance(config, LNTuningConfig):
         config.target_modules = norm_targets(model, core)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pyra import unwrap
-from pyra.adapters import BottleneckConfig, adapt, fold_adapter, load_adapter, save_adapter
+from pyra.adapters import BottleneckConfig, VisualPromptsConfig, adapt, fold_adapter, load_adapter, save_adapter
 from pyra.backbones import wrapped_config
 from pyra.errors import ConfigError
 
@@ -53,6 +53,8 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "fourierft": lambda: peft.FourierFTConfig(n_frequency=30),
     "ln_tuning": lambda: peft.LNTuningConfig(),
     "bottleneck": lambda: BottleneckConfig(width=4),
+    "prompts-shallow": lambda: VisualPromptsConfig(num_prompts=3, deep=False),
+    "prompts-deep": lambda: VisualPromptsConfig(num_prompts=3),
     "bottleneck-parallel": lambda: BottleneckConfig(width=4, placement="parallel", scale=0.5),
 }
 
@@ -65,6 +67,9 @@ def decoder(**options: object) -> nn.Module:
 
 
 MODELS = {"timm": lambda: build("timm-vit"), "hf": lambda: build("hf-vit"), "decoder": decoder}
+# What has no place on a decoder; test_prompts_of_images_are_refused_for_words holds the reason.
+IMAGES_ONLY = ("prompts-shallow", "prompts-deep")
+PAIRS = [(method, kind) for method in METHODS for kind in MODELS if kind != "decoder" or method not in IMAGES_ONLY]
 MERGING = {"timm": config(), "hf": config(), "decoder": None}
 
 
@@ -109,8 +114,7 @@ def changed(model: nn.Module, kind: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
 def test_round_trip(method: str, kind: str, tmp_path: Path) -> None:
     base = values(MODELS[kind](), kind)
     model = adapted(kind, method)
@@ -139,8 +143,7 @@ def test_round_trip(method: str, kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(values(folded, kind), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
 def test_stock_peft_reads_the_folder(method: str, kind: str, tmp_path: Path) -> None:
     """Onto a backbone that does not merge; it has no place for re-activation weights."""
     model = adapted(kind, method)
@@ -209,6 +212,12 @@ def test_weights_come_back_where_a_start_that_moves_them_fails(start: str) -> No
 def test_what_is_no_configuration(wrong: object) -> None:
     with pytest.raises(ConfigError, match=r"LoraConfig\(r=8\).*peft_config\('lora', rank=8\).*got"):
         adapt(build("timm-vit"), peft=wrong)
+
+
+@pytest.mark.parametrize("method", IMAGES_ONLY)
+def test_prompts_of_images_are_refused_for_words(method: str) -> None:
+    with pytest.raises(ConfigError, match=r"visual prompts need an image encoder.*reads input_ids, not images"):
+        adapted("decoder", method)
 
 
 def test_prompts_of_words_are_refused_for_images() -> None:

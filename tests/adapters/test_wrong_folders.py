@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pyra import PyraConfig, wrap
-from pyra.adapters import BottleneckConfig, adapt, fold_adapter, load_adapter, save_adapter
+from pyra.adapters import BottleneckConfig, VisualPromptsConfig, adapt, fold_adapter, load_adapter, save_adapter
 from pyra.errors import CheckpointError, ConfigError, PyraError, ScheduleError, UnsupportedModelError
 
 INTACT = r"\(the backbone is as it was\)$"
@@ -28,6 +28,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig | None]] = {
     "lora": lambda: peft.LoraConfig(r=2),
     "ln_tuning": lambda: peft.LNTuningConfig(),
     "bottleneck": lambda: BottleneckConfig(width=2),
+    "prompts": lambda: VisualPromptsConfig(num_prompts=2),
     "none": lambda: None,
 }
 
@@ -77,7 +78,7 @@ MERGING = {"schedule": PyraConfig(schedule=[0, 8, 5]), "rate": PyraConfig(rate=0
 
 
 @pytest.mark.parametrize("merging", MERGING)
-@pytest.mark.parametrize("method", ["lora", "ln_tuning", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "ln_tuning", "bottleneck", "prompts"])
 def test_another_width_or_depth_is_named(method: str, merging: str, tmp_path: Path) -> None:
     saved(tmp_path, method, MERGING[merging])
     for options, difference in (
