@@ -74,7 +74,10 @@ def check_fit(base: nn.Module, own: Mapping[str, Tensor], stored: StoredAdapter,
     problems += [f"{k} is {list(tensor.shape)}, the model has {list(own[k].shape)}" for k, tensor in misfits.items()]
     if problems:
         problems = [*_differences(base, own, weights, misfits), *problems]
-    problems += value_problems(weights)
+    # Some methods store indices beside their weights.
+    indices = {key for key, tensor in weights.items() if key in own and own[key].dtype == tensor.dtype}
+    indices = {key for key in indices if not weights[key].is_floating_point()}
+    problems += value_problems({key: tensor for key, tensor in weights.items() if key not in indices})
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{stored.folder} does not fit this backbone: " + "; ".join(problems[:8]) + more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, PeftConfig
+from peft import IA3Config, LNTuningConfig, PeftConfig, TrainableTokensConfig
 from torch import nn
 
 from pyra.adapters.prompts import VisualPromptsConfig
@@ -29,6 +29,8 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
         ConfigError: for visual prompts, where the model has no place for them.
     """
     if getattr(config, "target_modules", "none to ask for") is not None or getattr(config, "target_parameters", None):
+        return
+    if isinstance(config, TrainableTokensConfig):
         return
     try:
         _, core = locate(model)

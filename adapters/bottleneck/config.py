@@ -22,7 +22,7 @@ class BottleneckConfig(PeftConfig):
         dropout: dropout on the hidden channels.
         placement: ``"after"``, on the MLP's output (arXiv 1902.00751, as used in arXiv 2403.09192, section 4), with
             QuickGELU; ``"parallel"``, on the MLP's input, its output added to that of the MLP (AdaptFormer, arXiv
-            2205.13535, equations 2 and 3), with ReLU.
+            2205.13535, section 3.2), with ReLU.
         scale: factor on what a parallel adapter adds, 0.1 in AdaptFormer; ``"after"`` adds it unscaled.
         target_modules: modules whose output is adapted (names or a regular expression).
         exclude_modules: modules left out, as in every PEFT method.

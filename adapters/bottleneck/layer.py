@@ -23,8 +23,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Adapt ``h`` [..., C]."""
-        hidden = self.down(h)
-        adapted: Tensor = h + self.up(self.dropout(hidden * (1.702 * hidden).sigmoid()))
+        hidden = self.down(h.to(self.down.weight.dtype))  # peft keeps an adapter in float32 beside a 16-bit backbone
+        adapted: Tensor = h + self.up(self.dropout(hidden * (1.702 * hidden).sigmoid())).to(h.dtype)
         return adapted
 
 
@@ -44,7 +44,8 @@ class ParallelBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the module's output for its input ``x`` [..., C]."""
-        added: Tensor = self.scale * self.up(self.dropout(self.down(x).relu()))
+        hidden = self.down(x.to(self.down.weight.dtype)).relu()
+        added: Tensor = (self.scale * self.up(self.dropout(hidden))).to(x.dtype)
         return added
 
     def extra_repr(self) -> str:

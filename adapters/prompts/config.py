@@ -20,7 +20,7 @@ class VisualPromptsConfig(PeftConfig):
     ``fold_adapter`` makes them an ordinary part of the backbone, which keeps its extra tokens and their cost.
 
     Args:
-        num_prompts: tokens added; the paper's best lie between 1 and 200, 10 is in the middle of most of its tasks.
+        num_prompts: tokens added; the paper picks 1, 5, 10, 50, 100 or 200 for each task on validation data.
         deep: give each layer prompts of its own, in the place of those that left the layer before (VPT-Deep); False
             adds prompts before the first layer alone (VPT-Shallow).
         dropout: dropout on the prompts.

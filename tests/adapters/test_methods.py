@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 from backbone_families import build, config, images, result, run
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pyra import unwrap
+from pyra import unwrap, wrap
 from pyra.adapters import BottleneckConfig, VisualPromptsConfig, adapt, fold_adapter, load_adapter, save_adapter
 from pyra.backbones import wrapped_config
 from pyra.errors import ConfigError
@@ -154,6 +155,54 @@ def test_stock_peft_reads_the_folder(method: str, kind: str, tmp_path: Path) -> 
     assert (values(stock, kind) - values(MODELS[kind](), kind)).abs().max() > 0.02
 
 
+# With PEFT's own defaults; the rest of its methods need sizes that a tiny model has not, further inputs, or words.
+FURTHER = ["DELORA", "GLORA", "GRALORA", "HIRA", "HRA", "OSF", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "WAVEFT"]
+FURTHER += ["PVERA", "BEFT", "DEFT", "PEANUT", "SUPERTUNING", "FROD"]
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_methods(kind: str, tmp_path: Path) -> None:
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        pytest.skip(f"peft {peft.__version__} has no {kind}")
+    torch.manual_seed(3)
+    model = adapt(build("timm-vit"), pyra=config(), peft=PEFT_TYPE_TO_CONFIG_MAPPING[kind]())
+    start = values(model, "timm")
+    train(model, "timm")
+    expected = values(model, "timm")
+    assert (expected - start).abs().max() > 0.02
+    save_adapter(model, tmp_path)
+    torch.manual_seed(4)
+    loaded = load_adapter(build("timm-vit"), tmp_path)
+    torch.testing.assert_close(values(loaded, "timm"), expected, atol=1e-5, rtol=1e-4)
+    folded = fold_adapter(loaded)
+    torch.testing.assert_close(values(folded, "timm"), expected, atol=1e-5, rtol=1e-4)
+    assert changed(folded, "timm")
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "prompts-deep", "bottleneck", "bottleneck-parallel"])
+def test_half_precision(method: str, tmp_path: Path) -> None:
+    """PEFT keeps adapters in float32 beside a 16-bit backbone."""
+    pixels = images()["pixel_values"].bfloat16()
+
+    def run_in_half(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model.eval()(pixels)
+        return logits
+
+    model = adapt(build("timm-vit").bfloat16(), pyra=config(), peft=METHODS[method]())
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_B", "ia3_l", "visual_prompts", "bottleneck_")):
+            nn.init.normal_(parameter, std=0.1)
+    expected = run_in_half(model)
+    assert expected.dtype == torch.bfloat16
+    assert not torch.equal(expected, run_in_half(wrap(build("timm-vit").bfloat16(), config())))
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(build("timm-vit").bfloat16(), tmp_path)
+    assert torch.equal(run_in_half(loaded), expected)
+    folded = run_in_half(fold_adapter(loaded))
+    assert folded.dtype == torch.bfloat16
+
+
 def test_where_methods_attach_on_their_own() -> None:
     def attached(kind: str, method: str) -> set[str]:
         model = adapted(kind, method).get_base_model()
@@ -220,6 +269,11 @@ def test_prompts_of_images_are_refused_for_words(method: str) -> None:
         adapted("decoder", method)
 
 
+def test_tokens_of_a_vocabulary_are_no_part_of_an_image_model() -> None:
+    with pytest.raises(ConfigError, match="peft cannot attach TrainableTokensConfig"):
+        adapt(build("timm-vit"), peft=peft.TrainableTokensConfig(token_indices=[1]))
+
+
 def test_prompts_of_words_are_refused_for_images() -> None:
     prompts = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match="PromptTuningConfig puts prompts before the words"):
@@ -237,8 +291,9 @@ def snapshot(model: nn.Module) -> tuple[dict[str, type], dict[str, Tensor], list
         (peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "PREFIX_TUNING cannot be folded"),
         # The queries have a bias, which is changed before the head turns out to have none.
         (peft.BeftConfig(target_modules=["q_proj", "lm_head"]), "BEFT cannot be folded into this model: .*no bias"),
+        (peft.LilyConfig(r=4, target_modules=["q_proj"]), "LILY cannot be folded into this model: .*not supported"),
     ],
-    ids=["prefix_tuning", "beft"],
+    ids=["prefix_tuning", "beft", "lily"],
 )
 def test_methods_that_cannot_fold(method: peft.PeftConfig, reason: str, tmp_path: Path) -> None:
     model = adapt(decoder(attention_bias=True), peft=method)
