@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import BOFTConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -14,7 +14,7 @@ from pyra.adapters.starts import changes_weights, remember_start
 from pyra.adapters.targets import REACTIVATION, fill_in_targets, trained_modules
 from pyra.backbones import locate, wrap
 from pyra.config import PyraConfig
-from pyra.errors import ConfigError, UnsupportedModelError
+from pyra.errors import ConfigError, PyraError, UnsupportedModelError
 
 
 def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | None = None) -> nn.Module:
@@ -26,10 +26,10 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
             decoder of transformers.
         pyra: what to merge; None leaves the tokens alone.
         peft: any PEFT configuration. Without ``target_modules`` an image encoder is adapted in its projections to
-            queries, keys and values (norm tuning: in its norms), a language model where PEFT says. The task head and
-            the re-activation weights are trained and saved with it. None trains those alone (with ``pyra`` None as
-            well: a linear probe). AdaLoRA moves its ranks only where the training loop calls
-            ``model.base_model.update_and_allocate(step)`` after each optimiser step.
+            queries, keys and values (norm tuning: in its norms; visual prompts: where its tokens come from), a
+            language model where PEFT says. The task head and the re-activation weights are trained and saved with it.
+            None trains those alone (with ``pyra`` None as well: a linear probe). AdaLoRA moves its ranks only where
+            the training loop calls ``model.base_model.update_and_allocate(step)`` after each optimiser step.
 
     Returns:
         A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.
@@ -91,6 +91,8 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
         _exclude_reactivation(config)
     try:
         adapted = get_peft_model(model, config)
+    except PyraError:  # from a method of ours
+        raise
     except StopIteration:  # peft looks for a weight in a module that has none
         wanted = getattr(config, "target_modules", None)
         raise ConfigError(f"target_modules {wanted}: a module of that name has no weights; name others") from None
@@ -100,6 +102,11 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
         raise ConfigError(f"peft cannot attach {type(config).__name__} to {where}: {reason}") from None
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = backbone_name(model)
+    if isinstance(
+        config, BOFTConfig
+    ):  # without its CUDA extension peft makes less than was asked for, and does not say
+        made = next(module for name, module in adapted.named_modules() if name.endswith(".boft_R"))
+        config.boft_n_butterfly_factor = len(next(made.parameters()))
     if changes_weights(config):
         remember_start(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))
     return adapted

@@ -60,6 +60,12 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_cuda_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BOFT would build one in the home folder, wherever it finds a compiler; without it every machine runs the same."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+
+
 def decoder(**options: object) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -125,7 +131,7 @@ def test_round_trip(method: str, kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
     expected = values(model, kind)
     for other in (base, start):
-        assert (expected - other).abs().max() > 0.02, "the training must show"
+        assert (expected - other).abs().max() > 0.01, "the training must show"
 
     save_adapter(model, tmp_path)
     torch.manual_seed(4)
@@ -135,7 +141,7 @@ def test_round_trip(method: str, kind: str, tmp_path: Path) -> None:
 
     folded = fold_adapter(loaded)
     torch.testing.assert_close(values(folded, kind), expected, atol=1e-5, rtol=1e-4)
-    assert (values(folded, kind) - base).abs().max() > 0.02
+    assert (values(folded, kind) - base).abs().max() > 0.01
     assert changed(folded, kind), "the method itself must show, not only head and re-activation"
     assert not any(isinstance(module, BaseTunerLayer) for module in folded.modules())
     assert wrapped_config(folded) == MERGING[kind]
@@ -152,7 +158,7 @@ def test_stock_peft_reads_the_folder(method: str, kind: str, tmp_path: Path) -> 
     save_adapter(model, tmp_path)
     stock = peft.PeftModel.from_pretrained(MODELS[kind](), str(tmp_path))
     torch.testing.assert_close(values(stock, kind), values(unwrap(model), kind), atol=1e-5, rtol=1e-4)
-    assert (values(stock, kind) - values(MODELS[kind](), kind)).abs().max() > 0.02
+    assert (values(stock, kind) - values(MODELS[kind](), kind)).abs().max() > 0.01
 
 
 # With PEFT's own defaults; the rest of its methods need sizes that a tiny model has not, further inputs, or words.
@@ -169,7 +175,7 @@ def test_further_methods(kind: str, tmp_path: Path) -> None:
     start = values(model, "timm")
     train(model, "timm")
     expected = values(model, "timm")
-    assert (expected - start).abs().max() > 0.02
+    assert (expected - start).abs().max() > 0.01
     save_adapter(model, tmp_path)
     torch.manual_seed(4)
     loaded = load_adapter(build("timm-vit"), tmp_path)
@@ -227,6 +233,16 @@ def test_adalora_stores_the_ranks_that_are_left(tmp_path: Path) -> None:
     save_adapter(load_adapter(MODELS["timm"](), tmp_path), tmp_path / "again")
     again = load_adapter(MODELS["timm"](), tmp_path / "again")
     torch.testing.assert_close(values(again, "timm"), values(model, "timm"), atol=1e-5, rtol=1e-4)
+
+
+def test_boft_is_saved_as_it_was_made(tmp_path: Path) -> None:
+    """Asked for two factors, PEFT makes one without its CUDA extension; where it has one, loading would make two."""
+    save_adapter(adapted("timm", "boft"), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert METHODS["boft"]().boft_n_butterfly_factor == 2
+    assert settings["boft_n_butterfly_factor"] == 1
+    assert {len(value) for key, value in weights.items() if "boft_R" in key} == {1}
 
 
 def test_pissa_is_saved_as_lora_that_needs_no_decomposition(tmp_path: Path) -> None:
@@ -322,7 +338,7 @@ def test_layers_in_a_plain_module_fold_too(method: peft.PeftConfig) -> None:
         if "bottleneck_" in name:
             nn.init.normal_(parameter, std=0.1)
     expected = values(model, "timm")
-    assert (expected - values(MODELS["timm"](), "timm")).abs().max() > 0.02
+    assert (expected - values(MODELS["timm"](), "timm")).abs().max() > 0.01
     assert fold_adapter(model) is model
     torch.testing.assert_close(values(model, "timm"), expected, atol=1e-5, rtol=1e-4)
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
