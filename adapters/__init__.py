@@ -1,7 +1,21 @@
-"""PEFT with merging: one call that wraps and adapts a backbone, and saves, loads and folds the outcome."""
+"""PEFT with merging: one call that wraps and adapts a backbone, and saves, loads, folds and publishes the outcome."""
 
-from pyra.adapters.adapt import adapt, fold_adapter
+from pyra.adapters.adapt import adapt
 from pyra.adapters.bottleneck import BottleneckConfig
-from pyra.adapters.saving import load_adapter, save_adapter
+from pyra.adapters.card import CardInfo
+from pyra.adapters.fold import fold_adapter
+from pyra.adapters.hub import push_adapter
+from pyra.adapters.loading import load_adapter
+from pyra.adapters.prompts import VisualPromptsConfig
+from pyra.adapters.saving import save_adapter
 
-__all__ = ["BottleneckConfig", "adapt", "fold_adapter", "load_adapter", "save_adapter"]
+__all__ = [
+    "BottleneckConfig",
+    "CardInfo",
+    "VisualPromptsConfig",
+    "adapt",
+    "fold_adapter",
+    "load_adapter",
+    "push_adapter",
+    "save_adapter",
+]

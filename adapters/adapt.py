@@ -1,24 +1,20 @@
-"""Wrap and adapt in one call; fold the adapter away for deployment."""
+"""Wrap and adapt in one call."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pyra.backbones import locate, unwrap, wrap, wrapped_config
+from pyra.adapters.prompts import VisualPromptsConfig
+from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.starts import changes_weights, remember_start
+from pyra.adapters.targets import REACTIVATION, fill_in_targets, trained_modules
+from pyra.backbones import locate, wrap
 from pyra.config import PyraConfig
-from pyra.errors import ConfigError
-
-REACTIVATION = "reactivation"
-# Modules that PEFT methods attach to when the configuration names none: the paper adapts the fused qkv.
-_QUERIES_KEYS_VALUES = ("qkv", "q_proj", "k_proj", "v_proj")
+from pyra.errors import ConfigError, PyraError, UnsupportedModelError
 
 
 def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | None = None) -> nn.Module:
@@ -26,53 +22,52 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
 
     Args:
         model: a supported backbone with its new task head (changed in place), or a ``PeftModel`` around one that is
-            to merge from now on (``peft`` is then None).
+            to merge from now on (``peft`` is then None). With ``pyra`` None any model that PEFT takes, such as a
+            decoder of transformers.
         pyra: what to merge; None leaves the tokens alone.
-        peft: any PEFT configuration; without ``target_modules`` it adapts the projections to queries, keys and values
-            of the image encoder. The task head and the re-activation weights are trained and saved with it. None
-            trains those alone (with ``pyra`` None as well: a linear probe).
+        peft: any PEFT configuration. Without ``target_modules`` an image encoder is adapted in its projections to
+            queries, keys and values (norm tuning: in its norms; visual prompts: where its tokens come from), a
+            language model where PEFT says. The task head and the re-activation weights are trained and saved with it.
+            None trains those alone (with ``pyra`` None as well: a linear probe). AdaLoRA moves its ranks only where
+            the training loop calls ``model.base_model.update_and_allocate(step)`` after each optimiser step.
 
     Returns:
         A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.
 
     Raises:
         UnsupportedModelError, ScheduleError: from :func:`pyra.wrap`.
-        ConfigError: where the target modules do not exist in the model or are of a kind the method cannot adapt, or
-            ``modules_to_save`` reaches into the re-activation modules. The backbone is then as it was.
+        ConfigError: for anything else than configurations, where the target modules do not exist in the model or are
+            of a kind the method cannot adapt, or ``modules_to_save`` reaches into the re-activation modules. The
+            backbone is then as it was.
 
     Example:
         >>> model = adapt(model, pyra=PyraConfig(rate=0.5), peft=LoraConfig(r=8))  # doctest: +SKIP
     """
+    if peft is not None and not isinstance(peft, PeftConfig):
+        raise ConfigError(
+            "adapt: peft takes a configuration of the peft library, such as LoraConfig(r=8), BottleneckConfig(width=8) "
+            f"or pyra.adapters.methods.peft_config('lora', rank=8); got {peft!r}"
+        )
     if isinstance(model, PeftModel):
         if pyra is None or peft is not None:
             raise ConfigError(
                 "this model already carries an adapter: give adapt() the backbone, fold_adapter it first, or give "
                 "adapt() what it shall merge and no further PEFT method"
             )
-        carry_reactivation(wrap(model, pyra))
+        with unchanged_on_error(model):
+            carry_reactivation(wrap(model, pyra))
         return model
-    with undone_on_error(model):
-        return _adapt(wrap(model, pyra) if pyra is not None else model, peft)
+    with unchanged_on_error(model, altered=[model] if peft is not None and changes_weights(peft) else []):
+        if pyra is None:
+            return _attach(model, peft)
+        if not isinstance(peft, VisualPromptsConfig):
+            return _attach(wrap(model, pyra), peft)
+        adapted = _attach(model, peft)  # its tokens are to be counted when the model is wrapped
+        carry_reactivation(wrap(adapted, pyra))
+        return adapted
 
 
-@contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a backbone back as it was where the block fails: not wrapped, its weights trainable as before."""
-    wrapped = wrapped_config(model) is not None
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        if not wrapped:
-            unwrap(model)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        raise
-
-
-def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
+def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     trained = trained_modules(model)
     if peft is None:
         model.requires_grad_(False)
@@ -81,25 +76,49 @@ def _adapt(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
                 module.requires_grad_(True)
         return model
     config = copy.deepcopy(peft)
-    if getattr(config, "target_modules", "none to ask for") is None:
-        config.target_modules = default_targets(model)
+    if config.is_prompt_learning and is_image_model(model):
+        raise ConfigError(
+            f"{type(config).__name__} puts prompts before the words of a language model, and {type(model).__name__} "
+            "reads images: use VisualPromptsConfig of pyra.adapters"
+        )
+    fill_in_targets(config, model)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
     asked = set(getattr(config, "modules_to_save", None) or ())
     _refuse_inner_modules(model, asked)
-    config.modules_to_save = sorted(asked | saved)
+    if hasattr(config, "modules_to_save") and (asked or saved):
+        config.modules_to_save = sorted(asked | saved)
     if REACTIVATION in saved:
         _exclude_reactivation(config)
     try:
         adapted = get_peft_model(model, config)
-    except (ValueError, StopIteration) as error:
+    except PyraError:  # from a method of ours
+        raise
+    except StopIteration:  # peft looks for a weight in a module that has none
         wanted = getattr(config, "target_modules", None)
-        if isinstance(error, StopIteration):  # peft looks for a weight in a module that has none
-            raise ConfigError(f"target_modules {wanted}: a module of that name has no weights; name others") from None
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"peft cannot attach {type(config).__name__} to target_modules {wanted}: {reason}") from None
+        raise ConfigError(f"target_modules {wanted}: a module of that name has no weights; name others") from None
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        where = f"target_modules {config.target_modules}" if hasattr(config, "target_modules") else "this model"
+        reason = f"{' '.join(str(error).split())[:300]}" or type(error).__name__
+        raise ConfigError(f"peft cannot attach {type(config).__name__} to {where}: {reason}") from None
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = backbone_name(model)
+    if isinstance(
+        config, BOFTConfig
+    ):  # without its CUDA extension peft makes less than was asked for, and does not say
+        made = next(module for name, module in adapted.named_modules() if name.endswith(".boft_R"))
+        config.boft_n_butterfly_factor = len(next(made.parameters()))
+    if changes_weights(config):
+        remember_start(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))
     return adapted
+
+
+def is_image_model(model: nn.Module) -> bool:
+    """Whether the tokens of a model could merge: an image encoder, alone or in a larger model."""
+    try:
+        locate(model)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def carry_reactivation(model: PeftModel) -> None:
@@ -122,18 +141,6 @@ def _exclude_reactivation(config: PeftConfig) -> None:
         config.exclude_modules = rf"(.*\.)?{REACTIVATION}(\..*)?"
 
 
-def default_targets(model: nn.Module) -> list[str] | str:
-    """Name the projections to queries, keys and values as PEFT's ``target_modules``: of the image encoder alone."""
-    _, core = locate(model)
-    inside = {id(module) for module in core.modules()}
-    found = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _QUERIES_KEYS_VALUES]
-    names = sorted({name.rpartition(".")[2] for name, module in found if id(module) in inside})
-    if all(id(module) in inside for _, module in found):
-        return names
-    path = next(name for name, module in model.named_modules() if module is core)
-    return rf"{re.escape(path)}\..*\.({'|'.join(names)})"
-
-
 def _refuse_inner_modules(model: nn.Module, asked: set[str]) -> None:
     """PEFT takes a name in ``modules_to_save`` for every module whose path ends with it, those of others included."""
     inside = [name for name, _ in model.named_modules() if f".{REACTIVATION}." in f".{name}."[:-1]]
@@ -143,39 +150,6 @@ def _refuse_inner_modules(model: nn.Module, asked: set[str]) -> None:
             f"modules_to_save {', '.join(clashes)}: PEFT would also take {inside[0]} for it, which is trained anyway; "
             "name a longer path or another module"
         )
-
-
-def fold_adapter(model: nn.Module) -> nn.Module:
-    """Fold the PEFT layers into the weights (in place) and return the backbone: merging stays, peft is gone.
-
-    What cannot be folded exactly (bottleneck adapters are not linear) becomes an ordinary part of its module. A model
-    without PEFT layers is returned as it is.
-    """
-    if not isinstance(model, PeftModel):
-        return model
-    # Modules saved whole first: several tuners expect every such module to have a `weight`.
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, ModulesToSaveWrapper) and child.active_adapters:
-                setattr(parent, name, child.modules_to_save[child.active_adapters[0]])
-    folded: nn.Module = model.merge_and_unload()
-    return folded
-
-
-def trained_modules(model: nn.Module) -> list[str]:
-    """Name the modules that train beside a PEFT method: the task head(s) and the re-activation modules."""
-    plain: Any = getattr(model, "timm_model", model)  # transformers' wrapper of timm models
-    if hasattr(plain, "get_classifier"):
-        heads = plain.get_classifier()
-        heads = list(heads) if isinstance(heads, (tuple, list)) else [heads]
-    else:  # transformers: `classifier`, and DeiT's `cls_classifier` and `distillation_classifier`
-        heads = [head for name, head in plain.named_children() if name.endswith("classifier")]
-    heads = [head for head in heads if any(True for _ in head.parameters())]
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(module is head for head in heads) or name.rpartition(".")[2] == REACTIVATION
-    ]
 
 
 def backbone_name(model: nn.Module) -> str | None:

@@ -34,7 +34,7 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
 """What each kind writes, as patterns; nothing else is ever removed."""
 
 _INSIDE: dict[str, tuple[str, ...]] = {
-    "adapter": ("adapter_model.safetensors", "adapter_config.json", "pyra_config.json"),
+    "adapter": ("adapter_model.safetensors", "adapter_config.json", "pyra_config.json", "README.md"),
     "export": (*WRITTEN["export"], CLAIM_FILE),
 }
 """What pyra writes into folders of an output; with anything else in them they are not replaced."""

@@ -5,7 +5,7 @@ result.json     the result (pyra.tasks.results)
 options.json    the options it was made with, paths absolute
 backbone.json   which weights it was made from, where they came from a file
 labels.json     the class names
-adapter/        what was trained (pyra.adapters.saving)
+adapter/        what was trained (pyra.adapters.folder)
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from pyra.adapters import fold_adapter, save_adapter
-from pyra.adapters.adapt import REACTIVATION
 from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
+from pyra.adapters.targets import REACTIVATION
 from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json

@@ -23,13 +23,51 @@ class Bottleneck(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Adapt ``h`` [..., C]."""
-        hidden = self.down(h)
-        adapted: Tensor = h + self.up(self.dropout(hidden * (1.702 * hidden).sigmoid()))
+        hidden = self.down(h.to(self.down.weight.dtype))  # peft keeps an adapter in float32 beside a 16-bit backbone
+        adapted: Tensor = h + self.up(self.dropout(hidden * (1.702 * hidden).sigmoid())).to(h.dtype)
         return adapted
 
 
+class ParallelBottleneck(nn.Module):
+    """``scale * up(relu(down(x)))`` on the input [..., C] of a module, zero at the start; see :class:`Beside`."""
+
+    def __init__(self, dim: int, out: int, width: int, dropout: float, scale: float, **factory: Any) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, width, **factory)
+        self.dropout = nn.Dropout(dropout)
+        self.up = nn.Linear(width, out, **factory)
+        self.scale = scale
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)  # as in AdaptFormer
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the module's output for its input ``x`` [..., C]."""
+        hidden = self.down(x.to(self.down.weight.dtype)).relu()
+        added: Tensor = (self.scale * self.up(self.dropout(hidden))).to(x.dtype)
+        return added
+
+    def extra_repr(self) -> str:
+        """Return what is shown in ``print(model)``."""
+        return f"scale={self.scale}"
+
+
+class Beside(nn.Module):
+    """A module and what stands beside it, both on the same input: their sum."""
+
+    def __init__(self, module: nn.Module, bottleneck: nn.Module) -> None:
+        super().__init__()
+        self.module, self.bottleneck = module, bottleneck
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run both on ``x`` [..., C]."""
+        summed: Tensor = self.module(x, *args, **kwargs) + self.bottleneck(x)
+        return summed
+
+
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """An adapted module: the base layer followed by the active bottlenecks.
+    """An adapted module: the base layer followed by the active bottlenecks, or with them beside it.
 
     The bottleneck is not linear, so it cannot be folded into the weights before it: ``merge`` makes it an ordinary
     part of the base layer instead, with equal outputs.
@@ -56,8 +94,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         weights = [m for m in modules if hasattr(m, "out_features") and hasattr(m, "weight")]
         if not weights:
             raise ValueError(f"{type(self.base_layer).__name__} has no linear layer that gives its output width")
-        last = weights[-1]
-        bottleneck = Bottleneck(int(last.out_features), config.width, config.dropout)
+        first, last = weights[0], weights[-1]
+        bottleneck: nn.Module
+        if config.placement == "parallel":
+            dims = int(first.in_features), int(last.out_features)
+            bottleneck = ParallelBottleneck(*dims, config.width, config.dropout, config.scale)
+        else:
+            bottleneck = Bottleneck(int(last.out_features), config.width, config.dropout)
         self.bottleneck_layers[adapter_name] = bottleneck
         self._move_adapter_to_device_of_base_layer(adapter_name, device=last.weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -65,14 +108,16 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make the named (default: active) adapters a part of the base layer."""
         for name in check_adapters_to_merge(self, adapter_names):
-            self.base_layer = nn.Sequential(self.base_layer, self.bottleneck_layers[name])
+            bottleneck = self.bottleneck_layers[name]
+            around = Beside if isinstance(bottleneck, ParallelBottleneck) else nn.Sequential
+            self.base_layer = around(self.base_layer, bottleneck)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`."""
         while self.merged_adapters:
             self.merged_adapters.pop()
-            self.base_layer = self.base_layer[0]
+            self.base_layer = next(self.base_layer.children())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer and the active bottlenecks on ``x`` [..., C]."""
@@ -82,5 +127,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if not self.disable_adapters and not self.merged:
             for name in self.active_adapters:
                 if name in self.bottleneck_layers:
-                    result = self.bottleneck_layers[name](result)
+                    bottleneck = self.bottleneck_layers[name]
+                    beside = isinstance(bottleneck, ParallelBottleneck)
+                    result = result + bottleneck(x) if beside else bottleneck(result)
         return result

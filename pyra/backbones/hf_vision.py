@@ -21,7 +21,7 @@ from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
 
 _TAKES_BIAS = ("sdpa", "eager")  # attention implementations that add a float mask to the scores
-_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+_PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens", "prompt_tokens")
 _PARTS = {"embeddings", "rope_embeddings", "encoder", "model", "layers", "pooler", "head"}  # of a tower, beside norms
 _LAYER_ARGUMENTS = ("self", "hidden_states", "attention_mask", "position_embeddings", "kwargs")
 
@@ -262,7 +262,7 @@ def _embedding_obstacle(embeddings: Any) -> str | None:
     """Return what makes it unknown which tokens are patches of one image, or None."""
     if any(isinstance(module, nn.Conv3d) for module in embeddings.modules()):
         return "its patches are cut from videos, not from images"
-    names = [name for name, _ in embeddings.named_parameters() if "token" in name]
+    names = [name.rpartition(".")[2] for name, _ in embeddings.named_parameters() if "token" in name]
     unknown = [name for name in names if name not in (*_PREFIX_TOKENS, "mask_token")]
     return f"its embeddings add {unknown[0]}, which are neither patches nor known prefix tokens" if unknown else None
 
