@@ -23,7 +23,7 @@ from pyra.errors import ConfigError, UnsupportedModelError
 
 P = 3
 # Rotary attention of timm counts prefix tokens itself; padded and masked inputs choose their tokens.
-REFUSED = {name for name in FAMILIES if name.startswith("timm-eva")} | {"hf-siglip2", "hf-vit-mae"}
+REFUSED = [name for name in FAMILIES if name.startswith("timm-eva") or name in ("hf-siglip2", "hf-vit-mae")]
 TAKEN = [name for name in FAMILIES if name not in REFUSED]
 
 
