@@ -3,7 +3,7 @@
 ``log(size)`` of the key is added to the attention scores (ToMe, arXiv 2210.09461, equation 1). There are three ways:
 
 - ``"mask"``: the additive mask of ``scaled_dot_product_attention``, [B, 1, 1, N] and broadcast over heads and queries,
-  so no N x N matrix is held in memory. On CPUs and in exported graphs this is the only one that "auto" takes.
+  so no N x N matrix is held in memory. ``"auto"`` is this one: the others have not been measured on a GPU yet.
 - ``"augmented"``: inside the product of queries and keys. Keys get further channels that hold ``log(size)``, split into
   parts that their precision holds, queries a power of two there; kernels that take no mask (flash attention) run.
 - ``"flex"``: PyTorch's ``flex_attention``, which compiles a kernel with the bias in it.
@@ -33,8 +33,9 @@ ATTENTIONS: tuple[str, ...] = ("auto", "mask", "augmented", "flex")
 
 _SDPA = F.scaled_dot_product_attention  # as it is before anyone puts a wrapper in its place
 
-# Added to the score of a padded token: nothing is left of exp(x), and every half precision holds it.
-_PADDING = -30000.0
+# Added to the score of a padded token, of which nothing is left then; float16 holds no more.
+_PADDING, _PADDING_IN_FLOAT16 = -1e30, -30000.0
+_LEAST_SCALE = 2**-10  # of scores, and its inverse the greatest: beyond it a mask is used
 _PARTS = 3  # of log(size) in half precision: 24 bits of it in bfloat16
 _GRAIN = 8  # flash kernels take head sizes that are multiples of this
 
@@ -64,8 +65,10 @@ def proportional(size: Tensor, dtype: torch.dtype, way: str = "auto", backend: s
     """
     if way in ("auto", "mask") or torch.compiler.is_exporting():
         return kernels.bias(size, dtype, torch.finfo(dtype).min, backend)
-    wide = torch.promote_types(dtype, torch.float32)
-    return SizeBias(kernels.bias(size, wide, _PADDING, backend), way)
+    wide, padding = torch.promote_types(dtype, torch.float32), _PADDING
+    if dtype == torch.float16 and way == "augmented":
+        padding = _PADDING_IN_FLOAT16
+    return SizeBias(kernels.bias(size, wide, padding, backend), way)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def attend(
         attn_mask: the bias and the way.
         dropout_p: of the attention weights; not with ``"flex"``.
         is_causal: refused, as beside any mask.
-        scale: of the scores, 1 / sqrt(d) by default.
+        scale: of the scores, 1 / sqrt(d) by default. What is not positive, or extreme, gets a mask in any way.
         enable_gqa: fewer heads in ``key`` and ``value``.
 
     Raises:
@@ -117,6 +120,9 @@ def attend(
         raise UnsupportedModelError("a size bias and causal attention do not go together here: use attention='mask'")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = (_as_autocast(part) for part in (query, key, value))
+    if not _LEAST_SCALE <= scale <= 1 / _LEAST_SCALE or not query.numel():
+        mask = attn_mask.bias.clamp_min(torch.finfo(query.dtype).min).to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
     if attn_mask.way == "augmented":
         query, key, wider = augmented(query, key, value, attn_mask.bias, scale)
         mixed = F.scaled_dot_product_attention(
@@ -128,7 +134,9 @@ def attend(
             f"flex attention has no dropout of its weights, and this model drops {dropout_p}: use attention='mask'"
         )
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        raise UnsupportedModelError("flex attention has no gradients on a CPU: use attention='mask' to train there")
+        raise UnsupportedModelError(
+            "flex attention has no gradients on a CPU: use attention='mask' to train there, torch.no_grad() otherwise"
+        )
     run = _flex if torch.compiler.is_compiling() or query.device.type == "cpu" else _compiled_flex()
     result: Tensor = run(query, key, value, attn_mask.bias[:, 0, 0], scale, enable_gqa)
     return result
@@ -169,7 +177,8 @@ def augmented(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
 def _as_autocast(tensor: Tensor) -> Tensor:
     """Cast as autocast would, which must not round the parts of a bias once they are made."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not lowered or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

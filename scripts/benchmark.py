@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pyra.attention import ATTENTIONS
@@ -77,19 +80,28 @@ def _model(arguments: Sequence[str]) -> int:
         ),
     )
     _at_least_one(options, "batch_size", "train_batch_size", "rounds", "train_rounds", "threads")
+    _can_be_written(options.output)
     _start(options)
     from pyra.tasks.benchmarks.model import compile_rows, inference_rows, machinery_rows, training_rows
     from pyra.tasks.benchmarks.subject import Subject
 
-    subject = Subject(options.backbone, options.image_size, options.device, options.dtype)
-    merging: dict[str, Any] = {"backend": options.backend, "attention": options.attention}
-    rows = inference_rows(subject, options.batch_size, options.rounds, **merging)
-    rows += machinery_rows(subject, options.batch_size, options.rounds)
+    subject = Subject(
+        options.backbone, options.image_size, options.device, options.dtype, options.backend, options.attention
+    )
+    subject.shapes()  # says what cannot be before anything is timed
+    stages: list[tuple[str, Callable[[], list[Any]]]] = [
+        ("forward", lambda: inference_rows(subject, options.batch_size, options.rounds)),
+        ("merging machinery", lambda: machinery_rows(subject, options.batch_size, options.rounds)),
+    ]
     if options.compile:
-        rows += inference_rows(subject, options.batch_size, options.rounds, compiled=True, **merging)
-        rows += compile_rows(subject, options.batch_size)
+        compiled = partial(inference_rows, subject, options.batch_size, options.rounds, compiled=True)
+        stages += [("compiled forward", compiled), ("compile time", lambda: compile_rows(subject, options.batch_size))]
     if options.training:
-        rows += training_rows(subject, options.train_batch_size, options.train_rounds)
+        stages.append(("training", lambda: training_rows(subject, options.train_batch_size, options.train_rounds)))
+    rows = []
+    for number, (name, stage) in enumerate(stages, start=1):
+        print(f"[{number}/{len(stages)}] {name}", file=sys.stderr, flush=True)
+        rows += stage()
     return _finish(rows, options)
 
 
@@ -100,9 +112,10 @@ def _kernels(arguments: Sequence[str]) -> int:
         prog="pyra benchmark kernels",
         description=(
             "Time matching, merging and attention with a size bias, at layer shapes of ViT-B, ViT-L and DINOv2-S,\n"
-            "against plain PyTorch and against a copy ('copy': share of its bandwidth). First every kernel is checked\n"
-            "against a reference in float64: one that fails stops the benchmark. On a CPU the check runs in Triton's\n"
-            "interpreter, and what is timed is the plain PyTorch that runs there."
+            "against plain PyTorch ('/ eager', '/ compiled': how many times faster) and against a copy ('copy': share\n"
+            "of its bandwidth). First every kernel is checked against a reference in float64: one that fails stops\n"
+            "the benchmark. On a CPU the check runs in Triton's interpreter, and what is timed is the plain PyTorch\n"
+            "that runs there, as an operator: '/ eager' is then 1 but for noise."
         ),
         example="pyra benchmark kernels --device cpu --quick\n  pyra benchmark kernels --device cuda",
     )
@@ -110,6 +123,8 @@ def _kernels(arguments: Sequence[str]) -> int:
     batches = options.batch_sizes or ([1, 4] if options.quick else [1, 32, 256])
     if min(batches) < 1:
         raise ConfigError("--batch-sizes must be at least 1")
+    _can_be_written(options.output)
+    options.batch_sizes, options.rounds = batches, min(options.rounds, 5) if options.quick else options.rounds
     device = _start(options)
     import torch
     from tqdm import tqdm
@@ -123,11 +138,10 @@ def _kernels(arguments: Sequence[str]) -> int:
     bandwidth = kernels.copy_bandwidth(device, options.rounds)
     print(f"all agree; a copy moves {bandwidth / 1e9:.0f} GB/s", file=sys.stderr)
     rows = []
-    rounds = min(options.rounds, 5) if options.quick else options.rounds
     cases = [(shape, batch) for shape in shapes for batch in batches]
     for shape, batch in tqdm(cases, unit="shape", disable=None):
         dtype = getattr(torch, options.dtype)
-        rows += kernels.rows_of(shape, batch, device, dtype, rounds, options.compile, bandwidth)
+        rows += kernels.rows_of(shape, batch, device, dtype, options.rounds, options.compile, bandwidth)
     return _finish(rows, options)
 
 
@@ -138,6 +152,15 @@ def _at_least_one(options: Any, *names: str) -> None:
         problems.append(f"--device must be cpu, cuda or cuda:NUMBER, got {options.device!r}")
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _can_be_written(output: str) -> None:
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(f"--output {output} is a folder; give a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _start(options: Any) -> Any:

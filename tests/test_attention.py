@@ -135,3 +135,32 @@ def test_what_a_size_bias_is_not() -> None:
         scaled_dot_product_attention(query, key, values, attn_mask=bias, is_causal=True)
     with pytest.raises(TypeError):
         torch.add(query, bias)  # type: ignore[call-overload]
+
+
+@flex_on_a_cpu
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-6, 5000.0])
+def test_scales_that_queries_cannot_hold_are_masked(way: str, scale: float) -> None:
+    query, key, values, size = drawn(16)
+    expected = scaled_dot_product_attention(query, key, values, proportional(size, torch.float32), scale=scale)
+    found = scaled_dot_product_attention(query, key, values, proportional(size, torch.float32, way), scale=scale)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_samples_and_no_memory(way: str) -> None:
+    query, key, values, size = (part[:0] for part in drawn(16))
+    assert scaled_dot_product_attention(query, key, values, proportional(size, torch.float32, way)).shape == query.shape
+    there = [part.to("meta") for part in drawn(16)]
+    bias = proportional(there.pop(), torch.float32, "augmented")
+    assert scaled_dot_product_attention(*there, attn_mask=bias).shape == (2, 3, 33, 16)
+
+
+@flex_on_a_cpu
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_is_below_any_score(way: str, dtype: torch.dtype) -> None:
+    query, key, values, size = drawn(16, dtype=dtype)
+    bias, other = proportional(size, dtype, way), values.masked_fill((size == 0)[:, None], 1e4)
+    found = [scaled_dot_product_attention(300 * query, 300 * key, each, attn_mask=bias) for each in (values, other)]
+    assert torch.equal(*found)

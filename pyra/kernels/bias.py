@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import compiled_on_a_cpu, runs_triton
+from pyra.kernels.choice import compiled_on_a_cpu, on_device_of, runs_triton
 
 
 def bias(size: Tensor, dtype: torch.dtype, lowest: float, backend: str = "auto") -> Tensor:
@@ -42,7 +42,8 @@ def _operator(size: Tensor, dtype: torch.dtype, lowest: float, backend: str) -> 
     if dtype != torch.float64 and runs_triton(size, backend):
         from pyra.kernels.bias_triton import size_bias
 
-        return size_bias(size, dtype, lowest)
+        with on_device_of(size):
+            return size_bias(size, dtype, lowest)
     return reference(size, dtype, lowest).contiguous()
 
 

@@ -18,7 +18,8 @@ def bias_kernel(size, out, tokens, lowest, stride_b, stride_n, TILE: tl.constexp
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = token < tokens
     count = tl.load(size + sample * stride_b + token.to(tl.int64) * stride_n, mask=inside, other=1).to(tl.float32)
-    value = tl.where(count > 0, tl.maximum(tl.log(tl.where(count > 0, count, 1.0)), lowest), lowest)
+    value = tl.where(count == 0, lowest, tl.log(tl.where(count == 0, 1.0, count)))
+    value = tl.where(value < lowest, lowest, value)  # what is no number stays none
     tl.store(out + sample * tokens + token, value.to(out.dtype.element_ty), mask=inside)
 
 

@@ -20,7 +20,8 @@ from pyra.kernels.match import Matched, Rules
 from pyra.kernels.merge import Plan, Weights
 
 _SIMILARITY = 1e-5  # float32 cosines of a few hundred channels are this close to the exact ones
-_TOKENS, _PREFIX, _HEADS, _WIDTH, _REMOVED = 67, 1, 3, 32, 20
+# Every loop of every kernel goes round more than once, and nothing is a power of two.
+_TOKENS, _PREFIX, _HEADS, _WIDTH, _REMOVED = 251, 3, 3, 72, 100
 
 
 def disagreement(device: torch.device) -> str | None:
@@ -37,27 +38,46 @@ def disagreement(device: torch.device) -> str | None:
 
 def _findings(device: torch.device) -> Iterator[str]:
     rules = Rules("grouped", "bipartite", 0.5, None, 1)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         keys, x, size, weights = drawn(2, _TOKENS, _HEADS, _WIDTH, _REMOVED, device, dtype)
-        for order in ("grouped", "sequence"):
-            yield from match_problems(keys, _REMOVED, _PREFIX, rules._replace(order=order))
+        for order, prefix in (("grouped", _PREFIX), ("sequence", 2)):
+            yield from match_problems(keys, _REMOVED, prefix, rules._replace(order=order))
         plan = Plan(*match.reference(keys, 1, _REMOVED, _PREFIX, rules, None)[:4], None)
-        for trained in (weights, None):
-            yield from merge_problems(x, size, plan, trained, backward=True)
+        yield from merge_problems(x.mT.contiguous().mT, size, plan, weights, backward=True)  # of other strides
         yield from follow_problems(size, plan, dtype)
+        if dtype == torch.float32:
+            yield from _odd_problems(keys, rules)
+            yield from merge_problems(x, None, plan, None, backward=True)
+        if dtype == torch.bfloat16:
+            dropping = plan._replace(weight=(torch.arange(2 * _REMOVED, device=device).view(2, -1) % 3 > 0).float())
+            fewer = weights._replace(pair=weights.pair[: _REMOVED // 2], norm_weight=None, norm_bias=None)
+            yield from merge_problems(x, size, dropping, fewer, backward=True)
+
+
+def _odd_problems(keys: Tensor, rules: Rules) -> list[str]:
+    """Check that a similarity that is no number gives a valid plan, and another sample's is left alone."""
+    odd = keys.clone()
+    odd[1, :, 8] = torch.nan
+    found, clean = (match.match(each, 1, _REMOVED, _PREFIX, rules, backend="triton") for each in (odd, keys))
+    if not _same(tuple(part[0] for part in found), tuple(part[0] for part in clean)):
+        return ["match_tokens: a sample that is no number changes another"]
+    everything = torch.cat([found.source, found.kept], dim=1).sort(dim=1).values
+    first = [8] * int(found.source.shape[1] > 0)
+    valid = torch.equal(everything, torch.arange(_TOKENS, device=keys.device).expand_as(everything))
+    return [] if valid and found.source[1, :1].tolist() == first else ["match_tokens: what is no number does not lead"]
 
 
 def drawn(
     batch: int, tokens: int, heads: int, width: int, pairs: int, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Weights]:
     """Draw keys [B, H, N, D], tokens [B, N, H * D], sizes [B, N, 1] int32 and re-activation weights for some pairs."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     channels = heads * width
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    size = torch.randint(1, 5, (batch, tokens, 1), generator=generator, dtype=torch.int32).to(device)
+    size = torch.randint(1, 5, (batch, tokens, 1), generator=generator, dtype=torch.int32, device="cpu").to(device)
     weights = Weights(normal(pairs, 1), 0.1 * normal(1, channels), 1 + 0.1 * normal(channels), normal(channels), 1e-5)
     # As an attention has them: views into one projection, [B, N, H, D] in memory.
     return normal(batch, tokens, heads, width).transpose(1, 2), normal(batch, tokens, channels), size, weights
@@ -137,7 +157,7 @@ def merge_problems(
         problems.append("merge_tokens: sizes are not the sums")
     problems += excess("merge_tokens", merged, merge.reference(x, size, plan, weights)[0], exact)
     if backward:
-        gradient = torch.randn(merged.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        gradient = torch.randn(merged.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(x)
         inputs = (x, size, *plan, *tensors, backend)
         found = torch.ops.pyra.merge_tokens_backward(gradient, total, *inputs)
         if not _same(found, torch.ops.pyra.merge_tokens_backward(gradient, total, *inputs)):
@@ -151,11 +171,11 @@ def merge_problems(
 
 def follow_problems(size: Tensor, plan: Plan, dtype: torch.dtype, backend: str = "triton") -> list[str]:
     """Check what follows sizes [B, N, 1] and places through a plan, and the bias of the sizes."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator("cpu").manual_seed(2)
     batch, tokens = size.shape[:2]
     total = size[:, : plan.kept.shape[1]].float()
-    earlier = torch.randint(0, tokens, (batch, tokens + 9), generator=generator).to(size.device)
-    places = torch.stack([torch.randperm(tokens + 9, generator=generator)[:tokens] for _ in range(batch)])
+    earlier = torch.randint(0, tokens, (batch, tokens + 9), generator=generator, device="cpu").to(size.device)
+    places = torch.stack([torch.randperm(tokens + 9, generator=generator, device="cpu")[:tokens] for _ in range(batch)])
     problems = []
     for before in ((None, None), (earlier, places.to(size.device))):
         arguments = (total, *before, plan.kept, plan.source, plan.target)
@@ -163,7 +183,8 @@ def follow_problems(size: Tensor, plan: Plan, dtype: torch.dtype, backend: str =
         if not _same(found, follow.reference(*arguments)):
             problems.append("follow_tokens: differs from the reference")
     lowest = torch.finfo(dtype).min
-    padded = size * (torch.arange(tokens, device=size.device) % 7 > 0)[None, :, None]
+    size = size.repeat(1, 3, 1)  # more than one program takes
+    padded = size * (torch.arange(3 * tokens, device=size.device) % 7 > 0)[None, :, None]
     exact = bias.reference(padded.double(), torch.float64, lowest)
     eager = bias.reference(padded, dtype, lowest)
     present = exact > lowest

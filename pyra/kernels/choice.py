@@ -7,8 +7,9 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,17 @@ from pyra.errors import KernelError
 BACKENDS: tuple[str, ...] = ("auto", "reference", "triton")
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_chosen = "auto"
+# What blocks of `backend` that are open chose, the newest last: [a name each].
+_open: list[list[str]] = []
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose the implementation of matching and merging for a block of code.
 
-    The choice is the process's: other threads see it, too. A compiled model keeps the one it was compiled with.
+    The choice is the process's: other threads see it, too. A configuration that names a backend keeps it. The choice
+    counts when an operator runs, in a compiled model as well; where a compiler traced plain functions instead of
+    operators, nothing changes any more.
 
     Args:
         name: ``"auto"``, Triton on a GPU where its kernels agree with plain PyTorch (checked once in a process, at
@@ -39,16 +43,16 @@ def backend(name: str) -> Iterator[None]:
         >>> with backend("reference"):
         ...     pass
     """
-    global _chosen
     if name not in BACKENDS:
         raise KernelError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and (reason := _no_triton()):
         raise KernelError(f"backend 'triton' cannot run: {reason}; use 'auto' or 'reference'")
-    before, _chosen = _chosen, name
+    mine = [name]
+    _open.append(mine)
     try:
         yield
     finally:
-        _chosen = before
+        _open[:] = [entry for entry in _open if entry is not mine]  # blocks of other threads may end in any order
 
 
 def as_operator(tensor: Tensor, name: str = "auto") -> bool:
@@ -86,13 +90,18 @@ def runs_triton(tensor: Tensor, name: str = "auto") -> bool:
     return _may_run_triton(tensor, asked) and (asked == "triton" or _agrees(tensor.device))
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make a tensor's GPU the current one: Triton launches there, whatever device its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _asked_for(name: str) -> str:
-    return _chosen if name == "auto" else name
+    return _open[-1][0] if name == "auto" and _open else name
 
 
 def _may_run_triton(tensor: Tensor, asked: str) -> bool:
@@ -113,20 +122,20 @@ def _no_triton_on(tensor: Tensor, asked: str) -> str | None:
     if tensor.dtype == torch.float64:
         return "the kernels compute in float32, and the tensors are float64"
     if device == "cuda" or (device == "cpu" and interpreted() and asked == "triton"):
-        return _no_triton()
+        return _no_triton(tensor.device if device == "cuda" else None)
     return f"the tensors are on {device}" + (", and TRITON_INTERPRET=1 is not set" if device == "cpu" else "")
 
 
 @cache
-def _no_triton() -> str | None:
-    """What keeps Triton from running in this process, or None."""
+def _no_triton(device: torch.device | None = None) -> str | None:
+    """What keeps Triton from running in this process, on a device (None: the current one), or None."""
     if not _INSTALLED:
         return "triton is not installed"
     if interpreted():
         return None
     if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
+        return "there is no CUDA device (to try it on a CPU, start Python with TRITON_INTERPRET=1)"
+    major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
@@ -134,7 +143,8 @@ def _no_triton() -> str | None:
 def _agrees(device: torch.device) -> bool:
     """Whether the kernels do on a device what the references do."""
     checks = importlib.import_module("pyra.kernels.checks")  # which imports the operators, and those this module
-    reason = checks.disagreement(device)
+    with on_device_of(torch.empty(0, device=device)):
+        reason = checks.disagreement(device)
     if reason is not None:
         _say_once(f"pyra: merging runs in plain PyTorch on {device}: Triton's kernels failed their check: {reason}")
     return reason is None

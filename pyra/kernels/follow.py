@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import as_operator, runs_triton
+from pyra.kernels.choice import as_operator, on_device_of, runs_triton
 
 
 class Followed(NamedTuple):
@@ -50,7 +50,7 @@ def follow(
         target: output row that each of them merged into.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
     """
-    if as_operator(total, backend):
+    if total.dtype != torch.float64 and as_operator(total, backend):
         return Followed(*torch.ops.pyra.follow_tokens(total, source_map, positions, kept, source, target, backend))
     return reference(total, source_map, positions, kept, source, target)
 
@@ -84,10 +84,11 @@ def _operator(
     target: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_triton(total, backend):
+    if total.dtype != torch.float64 and runs_triton(total, backend):
         from pyra.kernels.follow_triton import follow_tokens
 
-        return follow_tokens(total, source_map, positions, kept, source, target)
+        with on_device_of(total):
+            return follow_tokens(total, source_map, positions, kept, source, target)
     size, rows, places = reference(total, source_map, positions, kept, source, target)
     # An operator returns none of its inputs.
     return (size.clone() if size is total else size), rows, (places.clone() if places is kept else places)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import as_operator, runs_triton
+from pyra.kernels.choice import as_operator, on_device_of, runs_triton
 from pyra.kernels.pairing import bipartite_pairs, energy_pairs, local_pairs, unit_vectors
 
 
@@ -138,10 +138,11 @@ def _operator(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rules = Rules(order, method, margin, grid_width, window)
-    if method in ("bipartite", "prune") and runs_triton(features, backend):
+    if method in ("bipartite", "prune") and runs_triton(features, backend) and features.numel():
         from pyra.kernels.match_triton import match_bipartite
 
-        return match_bipartite(features, heads, r, prefix, order)
+        with on_device_of(features):
+            return match_bipartite(features, heads, r, prefix, order)
     found = reference(features, heads, r, prefix, rules, positions)
     source, destination, kept, target, similarity = (part.contiguous() for part in found)
     return source, destination, kept, target, similarity

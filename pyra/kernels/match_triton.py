@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS_A_PROGRAM = 16
-ROWS_A_TILE = 64
+TOKENS_A_PROGRAM, VALUES_A_PROGRAM = 16, 4096
+ROWS_A_TILE, CHANNELS_A_STEP = 64, 64
 UNIT_WARPS = 4
 BEST_WARPS = 4
 BEST_STAGES = 2  # of the pipeline: a third would leave room for one program fewer on a multiprocessor
@@ -51,8 +51,9 @@ def unit_kernel(
     at = features + sample * stride_b
     at += token.to(tl.int64)[:, None] * stride_n + channel.to(tl.int64)[None, :] * stride_d
     total = tl.zeros([TILE, DIM], dtype=tl.float32)
-    for head in range(HEADS):
-        total += tl.load(at + head * stride_h, mask=inside, other=0.0).to(tl.float32)
+    for _ in range(HEADS):
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        at += stride_h
     mean = total / HEADS
     length = tl.sqrt(tl.sum(mean * mean, axis=1))
     out = unit + (sample * tokens + token)[:, None] * dim + channel[None, :]
@@ -71,27 +72,30 @@ def best_kernel(
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LONG: tl.constexpr,
 ):
     """Find the best columns of some rows of one sample."""
     sample = tl.program_id(0).to(tl.int64)
     rows, columns = (tokens + 1) // 2, tokens // 2
     channel = tl.arange(0, DIM)
-    known = channel < dim
     unit += sample * tokens * dim
     row = first_row + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    a = tl.load(
-        unit + 2 * row[:, None] * dim + channel[None, :], mask=(row[:, None] < rows) & known[None, :], other=0.0
-    )
+    at_rows = unit + 2 * row[:, None] * dim + channel[None, :]
+    known = channel < dim
+    a = tl.load(at_rows, mask=(row[:, None] < rows) & known[None, :], other=0.0)
     top = tl.full([ROWS], NOTHING_YET, tl.float32)
     choice = tl.full([ROWS], 0, tl.int32) + first_column
     for start in range(first_column, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        b = tl.load(
-            unit + (2 * column[None, :] + 1) * dim + channel[:, None],
-            mask=(column[None, :] < columns) & known[:, None],
-            other=0.0,
-        )
+        at_columns = unit + (2 * column[None, :] + 1) * dim + channel[:, None]
+        b = tl.load(at_columns, mask=(column[None, :] < columns) & known[:, None], other=0.0)
         scores = tl.dot(a, b, input_precision="tf32x3")
+        if LONG:
+            for chunk in range(DIM, dim, DIM):
+                more = chunk + channel < dim
+                left = tl.load(at_rows + chunk, mask=(row[:, None] < rows) & more[None, :], other=0.0)
+                right = tl.load(at_columns + chunk, mask=(column[None, :] < columns) & more[:, None], other=0.0)
+                scores = tl.dot(left, right, scores, input_precision="tf32x3")
         scores = tl.where(scores == scores, scores, NOT_A_NUMBER)
         scores = tl.where(column[None, :] < columns, scores, NOTHING_YET)
         here, index = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
@@ -207,9 +211,10 @@ def match_bipartite(
     source, destination, target = (new(batch, r, dtype=torch.int64) for _ in range(3))
     kept, similarity = new(batch, tokens - r, dtype=torch.int64), new(batch, r, dtype=torch.float32)
     if batch:
-        width, side = max(triton.next_power_of_2(dim), 16), tile(tokens, dim)
+        width, side = max(triton.next_power_of_2(dim), 16), tile(tokens)
+        together = tokens_a_program(width)
         unit = new(batch, tokens, dim, dtype=torch.float32)
-        unit_kernel[(batch, triton.cdiv(tokens, TOKENS_A_PROGRAM))](
+        unit_kernel[(batch, triton.cdiv(tokens, together))](
             features,
             unit,
             tokens,
@@ -217,7 +222,7 @@ def match_bipartite(
             *features.stride(),
             HEADS=count,
             DIM=width,
-            TILE=TOKENS_A_PROGRAM,
+            TILE=together,
             num_warps=UNIT_WARPS,
         )
         first_row = (prefix + 1) // 2
@@ -230,7 +235,8 @@ def match_bipartite(
                 dim,
                 first_row,
                 prefix // 2,
-                DIM=width,
+                DIM=min(width, CHANNELS_A_STEP),
+                LONG=dim > CHANNELS_A_STEP,
                 ROWS=side,
                 COLUMNS=side,
                 num_warps=BEST_WARPS,
@@ -256,7 +262,11 @@ def match_bipartite(
     return source, destination, kept, target, similarity
 
 
-def tile(tokens: int, dim: int) -> int:
+def tile(tokens: int) -> int:
     """Rows of a tile: no larger than registers hold, at least 16 (what a tensor core takes)."""
-    most = ROWS_A_TILE if dim <= 64 else ROWS_A_TILE // 2
-    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), most)
+    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), ROWS_A_TILE)
+
+
+def tokens_a_program(width: int) -> int:
+    """Tokens that one program normalises: fewer of wide ones."""
+    return max(min(VALUES_A_PROGRAM // width, TOKENS_A_PROGRAM), 1)

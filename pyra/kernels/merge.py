@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyra.kernels.choice import as_operator, runs_triton
+from pyra.kernels.choice import as_operator, on_device_of, runs_triton
 
 
 class Plan(NamedTuple):
@@ -82,7 +82,7 @@ def reference(x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = No
     if size is None:
         size = torch.ones(x.shape[0], x.shape[1], 1, device=x.device, dtype=_wide(x.dtype))
     else:
-        size = size.to(_wide(torch.promote_types(size.dtype, x.dtype)))
+        size = size.to(_size_dtype(x, size))
     channels, (count, removed) = x.shape[2], (x.shape[1], plan.source.shape[1])
     # Rows of the flattened [B * rows, C] tensors: contiguous copies, no index expanded over channels.
     kept, source, target = flat(plan.kept, count), flat(plan.source, count), flat(plan.target, count - removed)
@@ -90,7 +90,7 @@ def reference(x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = No
     kept_size, source_size = sizes.index_select(0, kept), sizes.index_select(0, source)
     moved = tokens.index_select(0, source)
     if plan.weight is not None:
-        weight = plan.weight.reshape(-1, 1)
+        weight = plan.weight.reshape(-1, 1).to(source_size.dtype)
         source_size = source_size * weight
         # Times 0 would not do: a value that is no number stays one, and so does its gradient.
         moved = torch.where(weight > 0, moved, 0)
@@ -147,6 +147,10 @@ def flat(index: Tensor, rows: int) -> Tensor:
     return (index + first).reshape(-1)
 
 
+def _size_dtype(x: Tensor, size: Tensor | None) -> torch.dtype:
+    return _wide(x.dtype if size is None else torch.promote_types(size.dtype, x.dtype))
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -173,10 +177,12 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     plan = Plan(source, destination, kept, target, weight)
     weights = _weights(pair_weight, channel_weight, norm_weight, norm_bias, eps)
-    if runs_triton(x, backend):
+    if runs_triton(x, backend) and x.numel():
         from pyra.kernels.merge_triton import merge_forward
 
-        return merge_forward(x, size, plan, weights)
+        with on_device_of(x):
+            merged, total = merge_forward(x, size, plan, weights)
+        return merged, total.to(_size_dtype(x, size))
     merged, total = reference(x, size, plan, weights)
     return merged, total
 
@@ -185,8 +191,7 @@ def _operator(
 def _shapes(
     x: Tensor, size: Tensor | None, source: Tensor, destination: Tensor, kept: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    wide = _wide(x.dtype if size is None else torch.promote_types(size.dtype, x.dtype))
-    return x.new_empty(*kept.shape, x.shape[2]), x.new_empty(*kept.shape, 1, dtype=wide)
+    return x.new_empty(*kept.shape, x.shape[2]), x.new_empty(*kept.shape, 1, dtype=_size_dtype(x, size))
 
 
 @torch.library.custom_op("pyra::merge_tokens_backward", mutates_args=())
@@ -209,10 +214,11 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     plan = Plan(source, destination, kept, target, weight)
     weights = _weights(pair_weight, channel_weight, norm_weight, norm_bias, eps)
-    if runs_triton(x, backend):
+    if runs_triton(x, backend) and x.numel():
         from pyra.kernels.merge_triton import merge_backward
 
-        return merge_backward(gradient, merged_size, x, size, plan, weights)
+        with on_device_of(x):
+            return merge_backward(gradient, merged_size, x, size, plan, weights)
     return reference_backward(gradient, merged_size, x, size, plan, weights)
 
 
@@ -236,13 +242,13 @@ def reference_backward(
     tokens, arriving, whole = (
         x.reshape(-1, channels),
         gradient.reshape(-1, channels).to(wide),
-        merged_size.reshape(-1, 1),
+        merged_size.reshape(-1, 1).to(wide),
     )
     padding = whole == 0
     divisor = whole + padding
     source_size, kept_size = sizes.index_select(0, source), sizes.index_select(0, kept)
     if plan.weight is not None:
-        source_size = source_size * plan.weight.reshape(-1, 1)
+        source_size = source_size * plan.weight.reshape(-1, 1).to(wide)
     to_source = arriving.index_select(0, target) * (source_size / divisor.index_select(0, target))
     to_tokens = torch.zeros_like(tokens, dtype=wide).index_copy_(0, kept, arriving * ((kept_size + padding) / divisor))
     trained = [x.new_empty(0) for _ in range(4)]
@@ -255,7 +261,7 @@ def reference_backward(
         sums = moved * source_size + tokens.index_select(0, destination).to(wide) * received_size
         shape = (x.shape[0], removed, channels)
         by_gate, to_sums, trained = _reactivate_backward(
-            to_source.reshape(shape), moved.reshape(shape), sums.reshape(shape), weights, plan.weight
+            to_source.reshape(shape), moved.reshape(shape), sums.reshape(shape), weights, plan.weight, x.dtype
         )
         to_sums = to_sums.reshape(-1, channels)
         to_source = by_gate.reshape(-1, channels) + to_sums * source_size
@@ -267,9 +273,9 @@ def reference_backward(
 
 
 def _reactivate_backward(
-    gradient: Tensor, source: Tensor, pairs: Tensor, weights: Weights, counted: Tensor | None
+    gradient: Tensor, source: Tensor, pairs: Tensor, weights: Weights, counted: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of :func:`reactivate`: of ``source``, of ``pairs``, and of the weights."""
+    """Gradients of :func:`reactivate`: of ``source``, ``pairs`` and the weights (in ``dtype`` where there are none)."""
     wide, rows = pairs.dtype, min(weights.pair.shape[0], pairs.shape[1])
     counts = 1 if counted is None else counted.to(wide).unsqueeze(-1)
     yielding, by_rank = weights.channel.to(wide), pairs.new_zeros(pairs.shape[1], 1)
@@ -297,7 +303,7 @@ def _reactivate_backward(
         to_norm.sum(dim=(0, 1)),
     )
     trained = [
-        pairs.new_empty(0) if leaf is None else part.reshape(leaf.shape).to(leaf.dtype)
+        pairs.new_empty(0, dtype=dtype) if leaf is None else part.reshape(leaf.shape).to(leaf.dtype)
         for part, leaf in zip(found, weights[:4], strict=True)
     ]
     return gradient * (1 + token * channel), to_pairs, trained

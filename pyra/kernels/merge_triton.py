@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS_A_PROGRAM = 4
-PAIRS_A_TILE = 8
+PAIRS_A_TILE, VALUES_A_TILE = 8, 8192
 INDICES_A_TILE = 64
 ROWS_WARPS = 4
 PAIRS_WARPS = 8
@@ -450,6 +450,7 @@ def tokens_backward_kernel(
     # Rows up to `left` are kept tokens, those after it sources.
     for index in range(begin, tl.minimum(begin + ROWS, tokens)):
         value = tl.zeros([CHANNELS], dtype=tl.float32)
+        taken = seen
         if index < left:
             position = tl.load(kept + sample * left + index)
             own = load_size(sizes, position, True, stride_s, HAS_SIZE)
@@ -470,13 +471,10 @@ def tokens_backward_kernel(
             pair = sample * pairs + index - left
             position = tl.load(source + pair)
             part = load_size(sizes, position, True, stride_s, HAS_SIZE)
-            taken = seen
             if HAS_WEIGHT:
                 counted = tl.load(weight + pair)
                 part *= counted
-                taken = channel < tl.where(
-                    counted > 0.0, channels, 0
-                )  # what a dropped token receives is 0, whatever arrives
+                taken = channel < tl.where(counted > 0.0, channels, 0)
             row = tl.load(target + pair)
             whole = tl.load(merged_size + sample * left + row).to(tl.float32)
             arriving = tl.load(gradient + row * stride_gn + columns, mask=taken, other=0.0).to(tl.float32)
@@ -484,6 +482,7 @@ def tokens_backward_kernel(
             if REACTIVATED:
                 value += value * tl.load(pair_gate + pair) * gate
                 value += part * tl.load(sums_gradient + pair * channels + channel, mask=taken, other=0.0)
+        value = tl.where(taken, value, 0.0)  # what a dropped token receives is 0, whatever arrives
         tl.store(out + (sample * tokens + position) * channels + channel, value.to(out.dtype.element_ty), mask=seen)
 
 
@@ -584,7 +583,7 @@ def merge_backward(
                 *x.stride(),
                 *size_strides,
                 CHANNELS=width,
-                PAIRS=PAIRS_A_TILE,
+                PAIRS=pairs_a_tile(channels),
                 SCALED=weights.norm_weight is not None,
                 SHIFTED=weights.norm_bias is not None,
                 num_warps=PAIRS_WARPS,
@@ -653,7 +652,7 @@ def _prepare(x: Tensor, size: Tensor | None, plan: Any, weights: Any) -> Prepare
             *x.stride(),
             *size_strides,
             CHANNELS=triton.next_power_of_2(channels),
-            PAIRS=PAIRS_A_TILE,
+            PAIRS=pairs_a_tile(channels),
             TILE=INDICES_A_TILE,
             HAS_SIZE=size is not None,
             HAS_WEIGHT=plan.weight is not None,
@@ -663,6 +662,11 @@ def _prepare(x: Tensor, size: Tensor | None, plan: Any, weights: Any) -> Prepare
             num_warps=PAIRS_WARPS if reactivated else ROWS_WARPS,
         )
     return Prepared(by_row, first, channel_gate, pair_gate)
+
+
+def pairs_a_tile(channels: int) -> int:
+    """Pairs that a program holds at once: fewer of wide tokens, whose rows would not fit into registers."""
+    return max(min(VALUES_A_TILE // triton.next_power_of_2(channels), PAIRS_A_TILE), 1)
 
 
 def _sizes(x: Tensor, size: Tensor | None) -> tuple[Tensor, tuple[int, int]]:

@@ -145,13 +145,7 @@ def measures(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype,
     """Return what is timed for one shape; the kernels are run by name: they have passed their check."""
     keys, x, size, weights = shape.drawn(batch, device, dtype)
     backend = "triton" if device.type == "cuda" else "reference"
-    plan = _plan(shape, keys)
-    reactivation = _module(weights)
-
-    def step(backend: str) -> Any:
-        arguments = (x, size, None, None, keys, 1, reactivation, shape.removed, shape.prefix, RULES)
-        return merge_step(*arguments, backend=backend)
-
+    plan, step = _plan(shape, keys), _step(shape, keys, x, size, weights)
     rules, weigh = RULES, tuple(weights)
     ours: dict[str, Job] = {
         "match": lambda: torch.ops.pyra.match_tokens(keys, 1, shape.removed, shape.prefix, *rules, None, backend),
@@ -179,6 +173,22 @@ def measures(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype,
             jobs["compiled"] = _without_gradients(torch.compile(plain[name], fullgraph=True))
         found.append(Measure(name, jobs, least[name]))
     return [*found, _attention(shape, batch, keys, size, compiled)]
+
+
+def step_job(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype, backend: str) -> Job:
+    """Return a job that matches, merges and follows the tokens of one layer."""
+    step = _step(shape, *shape.drawn(batch, device, dtype))
+    return _without_gradients(lambda: step(backend))
+
+
+def _step(shape: Shape, keys: Tensor, x: Tensor, size: Tensor, weights: Weights) -> Callable[[str], Any]:
+    reactivation = _module(weights)
+
+    def step(backend: str) -> Any:
+        arguments = (x, size, None, None, keys, 1, reactivation, shape.removed, shape.prefix, RULES)
+        return merge_step(*arguments, backend=backend)
+
+    return step
 
 
 def _attention(shape: Shape, batch: int, keys: Tensor, size: Tensor, compiled: bool) -> Measure:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pyra.adapters import adapt
 from pyra.adapters.methods import peft_config
 from pyra.backbones import macs, wrap
 from pyra.cost import token_counts
-from pyra.tasks.benchmarks.kernels import Shape, measures
+from pyra.tasks.benchmarks.kernels import Shape, step_job
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import LEVELS, Subject
 from pyra.tasks.data import image_dataset, load_task
@@ -38,7 +38,7 @@ STEP_GOAL = 2.2
 MEMORY_GOAL = 0.5
 
 
-def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: bool = False, **merging: Any) -> list[Row]:
+def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: bool = False) -> list[Row]:
     """Forward speed of both published schedules over the plain model, in turns.
 
     Args:
@@ -46,12 +46,9 @@ def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: boo
         batch_size: images.
         rounds: timed forwards of each.
         compiled: compile all of them.
-        **merging: further fields of the :class:`pyra.PyraConfig`.
     """
     plain = subject.make().eval()
-    models = {"plain": plain} | {
-        level: wrap(copy.deepcopy(plain), subject.merging(level, **merging)) for level in LEVELS
-    }
+    models = {"plain": plain} | {level: wrap(copy.deepcopy(plain), subject.merging(level)) for level in LEVELS}
     floors = {level: macs(plain) / macs(models[level]) for level in LEVELS}
     if compiled:
         models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}  # type: ignore[misc]
@@ -79,30 +76,31 @@ def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: boo
 
 def machinery_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
     """Time what merging adds at the high schedule: matching, merging and following of every layer, over one forward."""
-    plain, (sizes, schedules) = subject.make().eval(), subject.shapes()
+    sizes, schedules = subject.shapes()
     device, dtype = torch.device(subject.device), getattr(torch, subject.dtype)
-    seconds, name = 0.0, ""
-    for tokens, removed in zip(token_counts(sizes, schedules["high"]), schedules["high"], strict=False):
+    plain, images, jobs = subject.make().eval(), _images(subject, batch_size), {}
+    for layer, (tokens, removed) in enumerate(
+        zip(token_counts(sizes, schedules["high"]), schedules["high"], strict=False)
+    ):
         if removed:
             heads = sizes.attention_dim // sizes.head_dim
             shape = Shape(subject.backbone, subject.side(), tokens, sizes.prefix_tokens, heads, sizes.head_dim, removed)
-            step = measures(shape, batch_size, device, dtype, compiled=False)[2]
-            name = next(iter(step.jobs))
-            seconds += spreads({name: step.jobs[name]}, rounds, 2, device)[name].p50
-    images = _images(subject, batch_size)
-    whole = spreads({"plain": forward(plain, images)}, rounds, 1, device)["plain"].p50
-    on_a_gpu = device.type == "cuda"
+            jobs[str(layer)] = step_job(shape, batch_size, device, dtype, subject.backend)
+    took = spreads(jobs | {"plain": forward(plain, images)}, rounds, 2, device)
+    whole = took.pop("plain").p50
+    spread = Spread(*(1e6 * sum(column) for column in zip(*took.values(), strict=True)))
+    share, on_a_gpu = spread.p50 / 1e6 / whole, device.type == "cuda"
     return [
         _row(
             subject,
             "merging machinery, high",
             batch_size,
             "us",
-            Spread(*3 * (1e6 * seconds,)),
-            {"plain": seconds / whole},
+            spread,
+            {"plain, share": share},
             MACHINERY_GOAL if on_a_gpu else None,
-            seconds / whole <= MACHINERY_GOAL if on_a_gpu else None,
-            f"all layers, {name}; share of the plain forward, {1e6 * whole:.0f} us",
+            share <= MACHINERY_GOAL if on_a_gpu else None,
+            f"matching, merging and following in all layers; plain forward {1e6 * whole:.0f} us",
         )
     ]
 
@@ -119,10 +117,10 @@ def compile_rows(subject: Subject, batch_size: int) -> list[Row]:
             batch_size,
             "s",
             Spread(*3 * (seconds["high"],)),
-            {"plain": ratio},
+            {"plain, share": ratio},
             COMPILE_GOAL,
             ratio <= COMPILE_GOAL,
-            f"plain {seconds['plain']:.1f} s; lower is better",
+            f"plain {seconds['plain']:.1f} s",
         )
     ]
 
@@ -157,10 +155,10 @@ def training_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
             batch_size,
             "GB",
             Spread(*3 * (merged[0] / 1e9,)),
-            {"plain": whole},
+            {"plain, share": whole},
             MEMORY_GOAL,
             whole <= MEMORY_GOAL,
-            f"uncompressed LoRA {lora[0] / 1e9:.2f} GB, {what}; lower is better",
+            f"uncompressed LoRA {lora[0] / 1e9:.2f} GB, {what}",
         ),
         _row(
             subject,
@@ -168,7 +166,7 @@ def training_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
             batch_size,
             "GB",
             Spread(*3 * (merged[1] / 1e9,)),
-            {"plain": step},
+            {"plain, share": step},
             tokens,
             step <= tokens,
             f"uncompressed LoRA {lora[1] / 1e9:.2f} GB, both above the loaded model; the goal is the share of tokens "
@@ -249,13 +247,13 @@ def _peak_memory(subject: Subject, name: str, batch_size: int) -> tuple[int, int
     """Peak bytes over two training steps, all and above the loaded model: of the process, or of the GPU."""
     step = _training_step(subject, name, batch_size)
     if _kind(subject) == "cuda":
-        loaded = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        loaded = torch.cuda.memory_allocated(subject.device)
+        torch.cuda.reset_peak_memory_stats(subject.device)
     else:
         loaded = _resident("VmRSS:")
     step()
     step()
-    peak = torch.cuda.max_memory_allocated() if _kind(subject) == "cuda" else _resident("VmHWM:")
+    peak = torch.cuda.max_memory_allocated(subject.device) if _kind(subject) == "cuda" else _resident("VmHWM:")
     return peak, peak - loaded
 
 
@@ -273,7 +271,7 @@ def _compile_seconds(subject: Subject, level: str, batch_size: int) -> float:
             start = time.perf_counter()
             compiled(images)
             if images.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(images.device)
             seconds.append(time.perf_counter() - start)
     return seconds[0] - seconds[1]
 

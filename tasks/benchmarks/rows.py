@@ -27,8 +27,8 @@ class Row:
         dtype: of the tensors.
         unit: of the three quantiles: ``"us"``, ``"images/s"``, ``"s"``, ``"GB"``.
         p20, p50, p80: quantiles of the repeats; equal where a quantity is measured once.
-        ratios: how many times better than something else in the same run, by its name; below 1 is worse. Memory and
-            compile time: the share of the other's, lower is better.
+        ratios: how many times faster than something else in the same run, by its name; a name that ends in "share" is
+            that share of the other's, lower is better.
         goal: what the first ratio, or ``copy_share``, is held against; None where nothing was promised.
         reached: whether it holds.
         bytes_moved: the least that has to be read and written.
@@ -64,7 +64,7 @@ def write_rows(path: str | Path, rows: Sequence[Row], options: Any) -> None:
 def table(rows: Sequence[Row]) -> str:
     """Return rows as a table; a column that no row fills is left out.
 
-    ``copy`` is the share of a copy's bandwidth, ``/ name`` how many times better than ``name``.
+    ``copy`` is the share of a copy's bandwidth, ``/ name`` how many times faster than ``name``.
     """
     columns = {
         "measured": [row.measured for row in rows],
@@ -72,6 +72,7 @@ def table(rows: Sequence[Row]) -> str:
         "model": [f"{row.backbone} {row.image_size}" for row in rows],
         "batch": [str(row.batch_size) for row in rows],
         "median": [f"{row.p50:.4g} {row.unit}" for row in rows],
+        "p20-p80": [f"{row.p20:.4g}-{row.p80:.4g}" if row.p20 != row.p80 else "" for row in rows],
         "copy": ["" if row.copy_share is None else f"{row.copy_share:.0%}" for row in rows],
     }
     for name in dict.fromkeys(name for row in rows for name in row.ratios):

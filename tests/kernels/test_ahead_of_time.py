@@ -53,15 +53,21 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
     from pyra.kernels import merge_triton as g
 
     found: dict[str, tuple[Any, dict[str, Any], int]] = {}
-    for name, tokens, heads, dim in (("vit-b", 197, 12, 64), ("vit-l-384", 577, 16, 64), ("so400m", 729, 16, 72)):
-        side, width = m.tile(tokens, dim), {"DIM": triton.next_power_of_2(dim)}
+    layers = [("vit-b", 197, 12, 64), ("vit-l-384", 577, 16, 64), ("so400m", 729, 16, 72), ("wide", 197, 1, 4096)]
+    for name, tokens, heads, dim in layers:
+        side, width = m.tile(tokens), triton.next_power_of_2(dim)
         sides = {"ROWS": side, "COLUMNS": side}
-        found[f"unit-{name}"] = (m.unit_kernel, width | {"HEADS": heads, "TILE": m.TOKENS_A_PROGRAM}, m.UNIT_WARPS)
-        found[f"best-{name}"] = (m.best_kernel, width | sides, m.BEST_WARPS)
+        shape = {"DIM": width, "HEADS": heads, "TILE": m.tokens_a_program(width)}
+        found[f"unit-{name}"] = (m.unit_kernel, shape, m.UNIT_WARPS)
+        found[f"best-{name}"] = (
+            m.best_kernel,
+            {"DIM": min(width, m.CHANNELS_A_STEP), "LONG": dim > m.CHANNELS_A_STEP} | sides,
+            m.BEST_WARPS,
+        )
         found[f"rank-{name}"] = (m.rank_kernel, sides | {"GROUPED": True}, m.RANK_WARPS)
-    for name, channels in (("vit-b", 768), ("so400m", 1152)):
+    for name, channels in (("vit-b", 768), ("so400m", 1152), ("wide", 4096)):
         width = {"CHANNELS": triton.next_power_of_2(channels)}
-        pairs, rows, tile = {"PAIRS": g.PAIRS_A_TILE}, {"ROWS": g.ROWS_A_PROGRAM}, {"TILE": g.INDICES_A_TILE}
+        pairs, rows, tile = {"PAIRS": g.pairs_a_tile(channels)}, {"ROWS": g.ROWS_A_PROGRAM}, {"TILE": g.INDICES_A_TILE}
         found[f"prepare-{name}"] = (g.prepare_kernel, width | pairs | tile | WHOLE, g.PAIRS_WARPS)
         found[f"merge-{name}"] = (g.merge_kernel, width | rows | WHOLE, g.ROWS_WARPS)
         found[f"pairs-backward-{name}"] = (g.pairs_backward_kernel, width | pairs | WHOLE, g.PAIRS_WARPS)

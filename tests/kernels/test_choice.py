@@ -7,7 +7,7 @@ import torch
 
 from pyra import PyraConfig, match_tokens
 from pyra.errors import ConfigError, KernelError
-from pyra.kernels import backend
+from pyra.kernels import backend, choice
 from pyra.kernels.choice import as_operator, interpreted, runs_triton
 
 CPU = torch.randn(1, 9, 4)
@@ -62,3 +62,12 @@ def test_a_compiled_graph_holds_operators_and_asks_for_no_device(name: str, recw
     torch.compile(step, backend=look, fullgraph=True)(torch.ones(3, device="meta"))
     assert ("add" in str(seen)) == (name == "triton")
     assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+
+
+def test_blocks_of_threads_may_end_in_any_order() -> None:
+    first, second = backend("reference"), backend("auto")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert choice._open == []

@@ -83,3 +83,13 @@ def test_the_size_bias_operator_is_well_made(dtype: torch.dtype) -> None:
     found = torch.ops.pyra.size_bias(*arguments, "auto")
     assert torch.equal(found, bias.reference(*arguments)) and found.dtype == dtype
     assert found.shape == (2, 1, 1, 17) and found.min() == torch.tensor(-30000.0).to(dtype)
+
+
+def test_sizes_and_weights_in_float64_beside_tokens_in_float32() -> None:
+    plan, x, weights = plan_for(17, 1, 6, dropping=True), tokens_for(17, 16), weights_for("affine", 6, 16)
+    plan, counts = plan._replace(weight=plan.weight.double()), sizes("whole", 17).double()
+    arguments = (x.requires_grad_(), counts, *plan, *weights, "auto")
+    opcheck(torch.ops.pyra.merge_tokens.default, arguments)
+    merged, total = torch.ops.pyra.merge_tokens(*arguments)
+    merged.sum().backward()
+    assert (merged.dtype, total.dtype, x.grad.dtype) == (torch.float32, torch.float64, torch.float32)

@@ -32,6 +32,8 @@ KEYS = [
     (301, 5, 1, 80),
     (17, 1, 2, 8),
     (5, 1, 1, 4),
+    (33, 1, 1, 300),
+    (67, 2, 2, 130),
 ]
 KEYS += [(6, 5, 1, 8), (3, 1, 1, 8), (2, 2, 1, 8), (1, 1, 1, 8)]
 STRIDES = {
@@ -195,6 +197,35 @@ def test_a_dropped_token_that_is_no_number_reaches_nothing() -> None:
     merged, total = torch.ops.pyra.merge_tokens(x, None, *plan, *weights, "triton")
     gradients = torch.ops.pyra.merge_tokens_backward(merged, total, x, None, *plan, *weights, "triton")
     assert merged.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_dropped_token_receives_no_gradient_whatever_it_merges_with() -> None:
+    plan = to_device(plan_for(17, 1, 6))
+    plan = plan._replace(weight=torch.zeros(2, 6, device=DEVICE))
+    x, weights = tokens_for(17, 16).to(DEVICE), to_device(weights_for("affine", 6, 16))
+    x[torch.arange(2)[:, None], plan.destination] = torch.inf
+    _, total = torch.ops.pyra.merge_tokens(x, None, *plan, *weights, "triton")
+    found = torch.ops.pyra.merge_tokens_backward(
+        torch.ones(2, 11, 16, device=DEVICE), total, x, None, *plan, *weights, "triton"
+    )
+    assert not found[0][torch.arange(2)[:, None], plan.source].any()
+
+
+def test_sizes_in_float64_come_back_so() -> None:
+    plan, x = to_device(plan_for(17, 1, 6)), tokens_for(17, 16).to(DEVICE)
+    arguments = (x, sizes("whole", 17).double().to(DEVICE), *plan, None, None, None, None, 0.0)
+    assert torch.ops.pyra.merge_tokens(*arguments, "triton")[1].dtype == torch.float64
+
+
+def test_heads_far_apart() -> None:
+    """Two heads 1.2e9 elements apart, of a tensor that takes no memory between them."""
+    if DEVICE != "cpu":
+        pytest.skip("memory that is asked for is taken on a GPU")
+    far = torch.empty(5 * 600_000_000 + 17 * 8, dtype=torch.bfloat16)
+    keys = far.as_strided((1, 5, 17, 8), (1, 600_000_000, 8, 1))
+    keys.copy_(torch.randn(1, 5, 17, 8, generator=torch.Generator().manual_seed(0)))
+    found, expected = match.match(keys, 1, 5, 1, rules()), match.reference(keys, 1, 5, 1, rules(), None)
+    assert all(torch.equal(*pair) for pair in zip(found[:4], expected[:4], strict=True))
 
 
 def test_an_empty_batch() -> None:

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from pyra.backbones import macs, wrap
-from pyra.errors import ConfigError
+from pyra.errors import ConfigError, ScheduleError
 from pyra.scripts import benchmark
 from pyra.tasks.benchmarks.subject import Subject
 
 
 def test_a_subject_is_described_without_its_weights() -> None:
-    subject = Subject("vit_tiny_patch16_224", 64, dtype="bfloat16")
+    subject = Subject("vit_tiny_patch16_224", 64, dtype="bfloat16", backend="reference", attention="augmented")
     sizes, schedules = subject.shapes()
     assert (sizes.tokens, subject.side()) == (17, 64)
-    model = wrap(subject.make(), subject.merging("high", backend="reference"))
+    model = wrap(subject.make(), subject.merging("high"))
+    assert model.pyra_config.backend == "reference" and model.pyra_config.attention == "augmented"
     assert next(model.parameters()).dtype == torch.bfloat16
     assert macs(model, schedules["high"]) == macs(model) < macs(model, schedules["low"])
 
@@ -39,7 +40,8 @@ def test_rows_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     ]
     assert rows["forward, low"]["goal"] < rows["forward, high"]["goal"]
     for row in rows.values():
-        assert row["ratios"]["plain"] > 0 and row["image_size"] == 64
+        (ratio,) = row["ratios"].values()
+        assert ratio > 0 and row["image_size"] == 64
     assert rows["merging machinery, high"]["goal"] is None  # promised on a GPU only
 
 
@@ -52,6 +54,8 @@ def test_rows_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         (["model", "--device", "gpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
         (["--attention", "flash"], "'flash' is not one of auto, mask, augmented, flex"),
         (["--dtype", "float64"], "'float64' is not one of float32, bfloat16, float16"),
+        (["--output", "."], "--output . is a folder; give a file"),
+        (["kernels", "--output", "."], "--output . is a folder; give a file"),
     ],
 )
 def test_wrong_options(arguments: list[str], said: str) -> None:
@@ -63,3 +67,13 @@ def test_wrong_options(arguments: list[str], said: str) -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="--device cuda: 0 CUDA devices are here; use cpu"):
         benchmark.main(["kernels", "--device", "cuda"])
+
+
+def test_an_image_in_which_nothing_merges_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ScheduleError, match="nothing merges in vit_tiny_patch16_224 at 16 px: give a larger --image-size"
+    ):
+        benchmark.main(
+            ["--backbone", "vit_tiny_patch16_224", "--image-size", "16", "--output", str(tmp_path / "x.json")]
+        )
+    assert not list(tmp_path.iterdir())
