@@ -211,7 +211,7 @@ def match_bipartite(
     source, destination, target = (new(batch, r, dtype=torch.int64) for _ in range(3))
     kept, similarity = new(batch, tokens - r, dtype=torch.int64), new(batch, r, dtype=torch.float32)
     if batch:
-        width, side = max(triton.next_power_of_2(dim), 16), tile(tokens)
+        width, side = max(triton.next_power_of_2(dim), 16), tile(tokens, dim)
         together = tokens_a_program(width)
         unit = new(batch, tokens, dim, dtype=torch.float32)
         unit_kernel[(batch, triton.cdiv(tokens, together))](
@@ -262,9 +262,10 @@ def match_bipartite(
     return source, destination, kept, target, similarity
 
 
-def tile(tokens: int) -> int:
+def tile(tokens: int, dim: int) -> int:
     """Rows of a tile: no larger than registers hold, at least 16 (what a tensor core takes)."""
-    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), ROWS_A_TILE)
+    most = ROWS_A_TILE if dim <= CHANNELS_A_STEP else ROWS_A_TILE // 2
+    return min(max(triton.next_power_of_2((tokens + 1) // 2), 16), most)
 
 
 def tokens_a_program(width: int) -> int:

@@ -55,7 +55,7 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
     found: dict[str, tuple[Any, dict[str, Any], int]] = {}
     layers = [("vit-b", 197, 12, 64), ("vit-l-384", 577, 16, 64), ("so400m", 729, 16, 72), ("wide", 197, 1, 4096)]
     for name, tokens, heads, dim in layers:
-        side, width = m.tile(tokens), triton.next_power_of_2(dim)
+        side, width = m.tile(tokens, dim), triton.next_power_of_2(dim)
         sides = {"ROWS": side, "COLUMNS": side}
         shape = {"DIM": width, "HEADS": heads, "TILE": m.tokens_a_program(width)}
         found[f"unit-{name}"] = (m.unit_kernel, shape, m.UNIT_WARPS)
