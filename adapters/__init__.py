@@ -7,15 +7,18 @@ from pyra.adapters.fold import fold_adapter
 from pyra.adapters.hub import push_adapter
 from pyra.adapters.loading import load_adapter
 from pyra.adapters.prompts import VisualPromptsConfig
+from pyra.adapters.recipe import Recipe, paper_recipe
 from pyra.adapters.saving import save_adapter
 
 __all__ = [
     "BottleneckConfig",
     "CardInfo",
+    "Recipe",
     "VisualPromptsConfig",
     "adapt",
     "fold_adapter",
     "load_adapter",
+    "paper_recipe",
     "push_adapter",
     "save_adapter",
 ]

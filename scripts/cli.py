@@ -5,7 +5,7 @@ behaviour here: flags with dashes only, typed YAML, all errors at once with sugg
 
 A field becomes ``--field-name``. Types: ``str``, ``int``, ``float``, ``bool`` (``--x`` / ``--no-x``), ``Path``,
 ``Literal``, ``list`` or ``tuple`` of these (a comma list), and ``X | None`` (``none`` is the value). Field metadata:
-``help``, ``choices`` (the allowed values), ``metavar``.
+``help``, ``choices`` (the allowed values), ``metavar``. A union with ``str`` is text.
 """
 
 from __future__ import annotations
@@ -165,7 +165,10 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> _Field:
     optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
     if optional:
         members = [member for member in typing.get_args(hint) if member is not type(None)]
-        optional, hint = len(members) < len(typing.get_args(hint)), members[0] if len(members) == 1 else hint
+        optional = len(members) < len(typing.get_args(hint))
+        if str in members:  # text that the options take apart themselves
+            members = [str]
+        hint = members[0] if len(members) == 1 else hint
     container = typing.get_origin(hint) if typing.get_origin(hint) in (list, tuple) else None
     if container:
         hint = typing.get_args(hint)[0]

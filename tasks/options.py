@@ -40,7 +40,7 @@ class RunOptions:
     data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     method: str = option("pyra", "how to adapt", choices=tuple(METHODS))
-    rate: str | None = option(
+    rate: float | str | None = option(
         None, "share of the MACs to save by merging tokens, in [0, 1); with --elastic a range such as 0.3:0.8"
     )
     schedule: list[int] | None = option(  # noqa: RUF009 - a dataclass field
@@ -130,7 +130,7 @@ class RunOptions:
     def rates(self) -> list[float]:
         """Return the rate, or the lowest and the highest of a range; nothing without one."""
         try:
-            return [] if self.rate is None else [float(part) for part in self.rate.split(":")]
+            return [] if self.rate is None else [float(part) for part in str(self.rate).split(":")]
         except ValueError:
             raise ConfigError(f"--rate must be a number, or two as in 0.3:0.8, got {self.rate!r}") from None
 

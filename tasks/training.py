@@ -26,7 +26,7 @@ from transformers import (
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
-from pyra.adapters.targets import REACTIVATION
+from pyra.adapters.recipe import parameter_groups
 from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
@@ -228,7 +228,9 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
         examples = frozen_features(
             model, data, batch_size=options.batch_size, device=device, dtype=DTYPES[options.dtype]
         )
-    optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.lr, weight_decay=options.weight_decay)
+    reactivation_lr = options.lr if options.reactivation_lr is None else options.reactivation_lr
+    groups = parameter_groups(model, options.lr, reactivation_lr)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
     trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
     if options.elastic:
         trainer.sampler, trainer.distill = RateSampler(options.rates(), seed=options.seed), options.distill
@@ -245,14 +247,3 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
     with contextlib.suppress(OSError):  # nothing is saved in it: leave no empty folder
         (folder / "checkpoints").rmdir()
     return seconds
-
-
-def parameter_groups(model: nn.Module, options: RunOptions) -> list[dict[str, Any]]:
-    """Split the trained weights: the re-activation weights have a learning rate of their own."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[REACTIVATION in name.split(".")].append(parameter)
-    rate = options.lr if options.reactivation_lr is None else options.reactivation_lr
-    named = [{"params": groups[False], "lr": options.lr}, {"params": groups[True], "lr": rate}]
-    return [group for group in named if group["params"]]

@@ -173,7 +173,8 @@ def switch(model: nn.Module, config: PyraConfig, schedule: list[int]) -> None:
     switch_layers(layers, steps, family.MERGING)
     if plain and any(schedule):
         family.prepare(core)
-    core.pyra_config, core.pyra_schedule = config, tuple(schedule)
+    core.pyra_config = config  # type: ignore[assignment]
+    core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
 
 
 def _refuse_patched(layers: Iterable[nn.Module]) -> None:

@@ -25,7 +25,7 @@ from pyra.tasks.evaluation import evaluate_run, score
 from pyra.tasks.options import METHODS, RunOptions
 from pyra.tasks.results import read_result
 from pyra.tasks.runs import load_run, new_model
-from pyra.tasks.training import parameter_groups, train
+from pyra.tasks.training import ImageTrainer, train
 
 
 def options(backbone: Path, output: Path, **changes: Any) -> RunOptions:
@@ -69,18 +69,26 @@ def test_same_seed_same_weights(tiny_backbone: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
-def test_reactivation_learning_rate_applies(tiny_backbone: Path, tmp_path: Path) -> None:
-    """The published code filters on a wrong name, so that its option never applies."""
-    settings = options(tiny_backbone, tmp_path, lr=1e-3, reactivation_lr=7e-2)
-    model = new_model(settings, 10)
-    groups = parameter_groups(model, settings)
-    names = {id(p): n for n, p in model.named_parameters()}
-    fast = {names[id(p)] for group in groups if group["lr"] == 7e-2 for p in group["params"]}
-    slow = {names[id(p)] for group in groups if group["lr"] == 1e-3 for p in group["params"]}
+def test_reactivation_learning_rate_applies(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published code filters on a wrong name, so that its option never applies: this looks at the optimiser."""
+    found, plain = {}, ImageTrainer.train
+
+    def watched(self: ImageTrainer) -> Any:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for group in self.optimizer.param_groups:
+            found[group["lr"]] = {names[id(p)] for p in group["params"]}
+        found["all"] = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return plain(self)
+
+    monkeypatch.setattr(ImageTrainer, "train", watched)
+    train(options(tiny_backbone, tmp_path / "run", lr=1e-3, reactivation_lr=7e-2))
+    fast, slow = found[7e-2], found[1e-3]
     assert fast
     assert all("reactivation" in name for name in fast)
     assert not any("reactivation" in name for name in slow)
-    assert fast | slow == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert fast | slow == found["all"]
 
 
 def test_training_lowers_the_loss(tiny_backbone: Path, tmp_path: Path) -> None:
