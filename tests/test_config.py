@@ -114,7 +114,7 @@ def test_frozen() -> None:
         ({"rate": 0.5, "zzz": 1}, "unknown key 'zzz'$"),
         ({"rate": 0.5, "version": 2}, r"format version 2 is newer than this library's \(1\): upgrade"),
         ({"rate": 0.5, "version": "one"}, "format version 'one'"),
-        ({"version": 9, "ratee": 1}, r"unknown key 'ratee' \(did you mean 'rate'\?\); format version 9"),
+        ({"version": 9, "ordre": 1}, r"unknown key 'ordre' \(did you mean 'order'\?\); format version 9"),
         ({"version": 1}, "exactly one of schedule and rate"),
     ],
 )
