@@ -9,6 +9,7 @@ from pyra.adapters.loading import load_adapter
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.recipe import Recipe, paper_recipe
 from pyra.adapters.saving import save_adapter
+from pyra.adapters.several import add_adapter, switch_adapter
 
 __all__ = [
     "BottleneckConfig",
@@ -16,9 +17,11 @@ __all__ = [
     "Recipe",
     "VisualPromptsConfig",
     "adapt",
+    "add_adapter",
     "fold_adapter",
     "load_adapter",
     "paper_recipe",
     "push_adapter",
     "save_adapter",
+    "switch_adapter",
 ]

@@ -71,9 +71,7 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     if not isinstance(config, PyraConfig):
         raise ConfigError(f"wrap needs a PyraConfig, such as PyraConfig(rate=0.5); got {config!r}")
     family, core = locate(model)
-    sizes = family.geometry(core, None)
-    schedule = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
-    check_schedule(schedule, sizes)
+    sizes, schedule = family.geometry(core, None), schedule_of(model, config)
     if wrapped_config(model) == config and wrapped_schedule(model) == schedule:
         return model
     grid = family.patch_grid(core)
@@ -149,8 +147,7 @@ def set_rate(model: Model, rate: float | None = None, *, schedule: list[int] | N
         raise ConfigError("set_rate switches a model that merges tokens: wrap or adapt it first")
     known = before.rate_range or [_rate_of(sizes, wrapped_schedule(model) or [])] * 2
     config = dataclasses.replace(before, rate=rate, schedule=schedule, rate_range=known)
-    new = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
-    check_schedule(new, sizes)
+    new = schedule_of(model, config)
     asked = _rate_of(sizes, new)
     trained = before.rate_range is not None or any(hasattr(x, REACTIVATION) for x in merging_layers(_core(model)))
     if trained and not known[0] - _RATE_STEP <= asked <= known[1] + _RATE_STEP:
@@ -175,6 +172,18 @@ def switch(model: nn.Module, config: PyraConfig, schedule: list[int]) -> None:
         family.prepare(core)
     core.pyra_config = config  # type: ignore[assignment]
     core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
+
+
+def schedule_of(model: nn.Module, config: PyraConfig) -> list[int]:
+    """Return the tokens that a configuration removes in each layer of a model.
+
+    Raises:
+        ScheduleError: where the schedule does not fit or the rate cannot be reached.
+    """
+    sizes = geometry(model)
+    schedule = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
+    check_schedule(schedule, sizes)
+    return schedule
 
 
 def _refuse_patched(layers: Iterable[nn.Module]) -> None:

@@ -1,0 +1,172 @@
+"""Several adapters on one backbone, each with its own rate: one is active, and switching loads nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from pyra.adapters.adapt import carry_reactivation
+from pyra.adapters.fit import check_backbone, check_fit
+from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
+from pyra.adapters.prompts import VisualPromptsConfig
+from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.starts import changes_weights
+from pyra.adapters.targets import REACTIVATION
+from pyra.backbones import (
+    geometry,
+    merging_layers,
+    schedule_of,
+    switch,
+    wrap,
+    wrapped_config,
+    wrapped_schedule,
+)
+from pyra.config import PyraConfig
+from pyra.errors import CheckpointError, ConfigError, PyraError
+from pyra.reactivation import Reactivation
+
+_STILL = PyraConfig(rate=0.0, reactivation=False)  # what an adapter without merging does
+
+
+def add_adapter(model: nn.Module, folder: str | Path, name: str) -> nn.Module:
+    """Load a further adapter into a model that has one; the active one stays active.
+
+    Args:
+        model: from :func:`pyra.adapters.adapt` or :func:`pyra.adapters.load_adapter`, with a PEFT method.
+        folder: written by :func:`pyra.adapters.save_adapter`, from a backbone of the same width and depth, with a head
+            of the same size. It may merge at another rate, or not at all.
+        name: what it is called here.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: where the model has no PEFT method, the name is taken, or the adapter cannot be one of several.
+        CheckpointError: where the folder holds no readable adapter, or one that does not fit.
+
+    After each of them the model is as it was.
+
+    Example:
+        >>> add_adapter(model, "fast_adapter", "fast")  # doctest: +SKIP
+        >>> switch_adapter(model, "fast")  # doctest: +SKIP
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError("add_adapter needs a model that has an adapter: use load_adapter for the first")
+    if name in model.peft_config:
+        raise ConfigError(f"the model has an adapter {name!r} already: {', '.join(model.peft_config)}")
+    try:
+        stored = read_adapter(folder)
+        _refuse(stored, model)
+        with unchanged_on_error(model):
+            _add(model, stored, name)
+    except PyraError as error:
+        raise type(error)(f"{error} (the model is as it was)") from None
+    return model
+
+
+def switch_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Make another adapter of a model the active one, with its re-activation weights, its head and its rate.
+
+    What :func:`pyra.set_rate` chose for an adapter is kept for it.
+
+    Args:
+        model: with adapters from :func:`add_adapter`.
+        name: of the adapter; the first is called ``"default"``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: where the model has no such adapter.
+    """
+    names = list(model.peft_config) if isinstance(model, PeftModel) else []
+    if name not in names:
+        raise ConfigError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}")
+    assert isinstance(model, PeftModel)
+    states = _states(model)
+    states[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
+    model.set_adapter(name)
+    config, schedule = states.get(name, (None, None))
+    if config is not None and schedule is not None:
+        switch(model, config, schedule)
+    elif wrapped_config(model) is not None:
+        switch(model, _STILL, [0] * geometry(model).depth)
+    return model
+
+
+def _states(model: PeftModel) -> dict[str, tuple[PyraConfig | None, list[int] | None]]:
+    """What merges with each adapter that is not the active one."""
+    states: dict[str, tuple[PyraConfig | None, list[int] | None]] = model.__dict__.setdefault("pyra_adapters", {})
+    return states
+
+
+def _refuse(stored: StoredAdapter, model: PeftModel) -> None:
+    peft, own = stored.peft, list(model.peft_config.values())
+    if peft is None:
+        raise ConfigError(f"{stored.folder} was trained without a PEFT method, and cannot be one of several")
+    if any(isinstance(config, VisualPromptsConfig) for config in (peft, *own)):
+        raise ConfigError("visual prompts change the number of tokens: they cannot be one of several adapters")
+    if changes_weights(peft):
+        raise ConfigError(
+            f"{stored.folder} starts from changed weights of the backbone ({type(peft).__name__}, saved by stock "
+            "peft): load it alone"
+        )
+
+
+def _add(model: PeftModel, stored: StoredAdapter, name: str) -> None:
+    base, active = model.get_base_model(), model.active_adapter
+    before = (wrapped_config(model), wrapped_schedule(model))
+    if stored.pyra is not None:
+        check_backbone(base, stored)
+        if before[0] is None:
+            wrap(model, _STILL)
+        switch(model, stored.pyra, schedule_of(base, stored.pyra))
+        _make_room(model, stored)
+    try:
+        model.add_adapter(name, stored.peft)
+    except PyraError:
+        raise
+    except Exception as error:  # the file may ask for anything, and peft raises what comes up
+        raise CheckpointError(f"{stored.folder} does not fit this backbone: {one_line(error)}") from None
+    _take_stored_lengths(model, stored, name)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Layers that merge with another adapter alone have re-activation weights here that nothing reads.
+    check_fit(base, own, stored, {key for key in own if f".{REACTIVATION}." not in key or key in stored.weights})
+    set_peft_model_state_dict(model, own | stored.weights, adapter_name=name)
+    states = _states(model)
+    states[name] = (wrapped_config(model), wrapped_schedule(model)) if stored.pyra is not None else (None, None)
+    states[active] = before
+    model.set_adapter(name)  # so that the one below finds another active
+    switch_adapter(model, active)
+    states[name] = states[name] if stored.pyra is not None else (None, None)
+
+
+def _stored_rows(stored: StoredAdapter, path: str) -> torch.Tensor | None:
+    suffix = f"{path}.{REACTIVATION}.pair_weight"
+    return next((tensor for key, tensor in stored.weights.items() if f".{key}".endswith(f".{suffix}")), None)
+
+
+def _make_room(model: PeftModel, stored: StoredAdapter) -> None:
+    """Give layers that merge with the new adapter alone the modules that its re-activation weights go to."""
+    paths = {id(module): path for path, module in model.get_base_model().named_modules()}
+    for layer in merging_layers(model):
+        rows = _stored_rows(stored, paths[id(layer)])
+        if rows is not None and not hasattr(layer, REACTIVATION):
+            like = next(p for p in layer.parameters() if p.is_floating_point())
+            layer.reactivation = Reactivation(len(rows), layer.step.dim, device=like.device, dtype=like.dtype)
+    carry_reactivation(model)
+
+
+def _take_stored_lengths(model: PeftModel, stored: StoredAdapter, name: str) -> None:
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and path.rpartition(".")[2] == REACTIVATION:
+            rows = _stored_rows(stored, path.rpartition(".")[0])
+            if rows is None or name not in module.modules_to_save:
+                continue
+            mine = module.modules_to_save[name]
+            if rows.shape[1:] == mine.pair_weight.shape[1:]:  # what does not fit is told with the rest
+                mine.pair_weight = nn.Parameter(torch.zeros_like(rows, dtype=mine.pair_weight.dtype))

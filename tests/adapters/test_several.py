@@ -1,0 +1,148 @@
+"""Several adapters with different rates on one backbone: each computes what it computes alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbone_families import FAMILIES, build, result, run
+from peft import LoHaConfig, LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyra import PyraConfig
+from pyra.adapters import (
+    VisualPromptsConfig,
+    adapt,
+    add_adapter,
+    fold_adapter,
+    load_adapter,
+    save_adapter,
+    switch_adapter,
+)
+from pyra.backbones import wrapped_schedule
+from pyra.errors import CheckpointError, ConfigError
+
+FAMILY = "timm-vit"
+
+
+def values(model: nn.Module, family: str = FAMILY) -> Tensor:
+    with torch.no_grad():
+        return result(run(model.eval(), FAMILIES[family].inputs()))
+
+
+def saved(
+    folder: Path, pyra: PyraConfig | None, peft: PeftConfig | None = None, family: str = FAMILY, seed: int = 1
+) -> tuple[Path, Tensor]:
+    """Save an adapter whose every trained weight matters; return its folder and what it computes."""
+    model = adapt(build(family), pyra=pyra, peft=peft or LoraConfig(r=2 + seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, folder)
+    return folder, values(model, family)
+
+
+CONFIGS: dict[str, Any] = {
+    "slow": PyraConfig(rate=0.1),
+    "fast": PyraConfig(rate=0.4),
+    "elastic": PyraConfig(rate=0.3, rate_range=[0.1, 0.4]),
+    "late": PyraConfig(schedule=[0, 0, 9]),
+    "plain": PyraConfig(rate=0.3, reactivation=False),
+    "still": None,
+}
+
+
+@pytest.mark.parametrize("family", ["timm-vit", "hf-dinov2"])
+@pytest.mark.parametrize("order", [list(CONFIGS), list(reversed(CONFIGS))], ids=["forth", "back"])
+def test_each_computes_what_it_does_alone(order: list[str], family: str, tmp_path: Path) -> None:
+    made = {name: saved(tmp_path / name, CONFIGS[name], family=family, seed=i) for i, name in enumerate(order)}
+    model = load_adapter(build(family), made[order[0]][0])
+    for name in order[1:]:
+        assert add_adapter(model, made[name][0], name) is model
+        torch.testing.assert_close(values(model, family), made[order[0]][1], rtol=1e-5, atol=1e-5)
+    names = {"default" if name == order[0] else name: name for name in order}
+    for name in (*names, *reversed(names), *names):
+        expected = made[names[name]][1]
+        torch.testing.assert_close(values(switch_adapter(model, name), family), expected, rtol=1e-5, atol=1e-5)
+    folded = fold_adapter(switch_adapter(model, "fast" if order[0] != "fast" else "default"))
+    torch.testing.assert_close(values(folded, family), made["fast"][1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_rate_that_was_chosen_stays_with_its_adapter(tmp_path: Path) -> None:
+    (elastic, expected), (fast, _) = (saved(tmp_path / name, CONFIGS[name]) for name in ("elastic", "fast"))
+    model = load_adapter(build(FAMILY), elastic)
+    add_adapter(model, fast, "fast")
+    alone = values(load_adapter(build(FAMILY), elastic).set_rate(0.15))
+    model.set_rate(0.15)
+    torch.testing.assert_close(values(model), alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(alone, expected, atol=1e-4)
+    switch_adapter(model, "fast")
+    assert wrapped_schedule(model) == wrapped_schedule(load_adapter(build(FAMILY), fast))
+    torch.testing.assert_close(values(switch_adapter(model, "default")), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_methods_may_differ_as_far_as_peft_lets_them(tmp_path: Path) -> None:
+    lora, _ = saved(tmp_path / "lora", CONFIGS["fast"])
+    loha, _ = saved(tmp_path / "loha", CONFIGS["slow"], LoHaConfig(r=2))
+    model = load_adapter(build(FAMILY), lora)
+    before, names = values(model), [name for name, _ in model.named_modules()]
+    with pytest.raises((CheckpointError, ConfigError), match="the model is as it was"):
+        add_adapter(model, loha, "loha")
+    assert torch.equal(values(model), before) and [name for name, _ in model.named_modules()] == names
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    return (
+        [n for n, _ in model.named_modules()],
+        copy.deepcopy(model.state_dict()),
+        list(model.peft_config),
+        wrapped_schedule(model),
+    )
+
+
+def assert_same(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    assert before[0] == after[0] and before[2:] == after[2:] and before[1].keys() == after[1].keys()
+    assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
+
+
+def test_what_cannot_be_added_changes_nothing(tmp_path: Path) -> None:
+    first, _ = saved(tmp_path / "first", CONFIGS["slow"])
+    good, _ = saved(tmp_path / "good", CONFIGS["late"])
+    model = load_adapter(build(FAMILY), first)
+    before = state(model)
+    damaged = load_file(good / "adapter_model.safetensors")
+    damaged.pop(next(key for key in damaged if "lora_A" in key))
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    for file in good.iterdir():
+        (missing / file.name).write_bytes(file.read_bytes())
+    save_file(damaged, missing / "adapter_model.safetensors")
+    bare = tmp_path / "bare"
+    save_adapter(adapt(build(FAMILY), pyra=CONFIGS["fast"]), bare)
+    prompts, _ = saved(tmp_path / "prompts", None, VisualPromptsConfig(num_prompts=2))
+    other = adapt(build(FAMILY, embed_dim=48), pyra=CONFIGS["fast"], peft=LoraConfig())
+    save_adapter(other, tmp_path / "wide")
+    for folder, error, said in (
+        (missing, CheckpointError, "lora_A.*is not in the file"),
+        (bare, ConfigError, "trained without a PEFT method"),
+        (prompts, ConfigError, "visual prompts change the number of tokens"),
+        (tmp_path / "wide", CheckpointError, "backbone of width 48, this one has width 32"),
+        (tmp_path / "nowhere", CheckpointError, "nowhere"),
+    ):
+        with pytest.raises(error, match=said):
+            add_adapter(model, folder, "new")
+        assert_same(before, state(model))
+    with pytest.raises(ConfigError, match="has an adapter 'default' already"):
+        add_adapter(model, good, "default")
+    with pytest.raises(ConfigError, match="no adapter 'new'; it has default"):
+        switch_adapter(model, "new")
+    with pytest.raises(ConfigError, match="use load_adapter for the first"):
+        add_adapter(build(FAMILY), good, "new")
+    with pytest.raises(ConfigError, match="no adapter 'x'; it has none"):
+        switch_adapter(build(FAMILY), "x")
