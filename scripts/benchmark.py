@@ -115,7 +115,7 @@ def _kernels(arguments: Sequence[str]) -> int:
             "against plain PyTorch ('/ eager', '/ compiled': how many times faster) and against a copy ('copy': share\n"
             "of its bandwidth). First every kernel is checked against a reference in float64: one that fails stops\n"
             "the benchmark. On a CPU the check runs in Triton's interpreter, and what is timed is the plain PyTorch\n"
-            "that runs there, as an operator: '/ eager' is then 1 but for noise."
+            "that runs there, as an operator: '/ eager' is then what calling an operator costs."
         ),
         example="pyra benchmark kernels --device cpu --quick\n  pyra benchmark kernels --device cuda",
     )
