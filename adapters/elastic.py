@@ -6,6 +6,7 @@ highest and one between take turns, so that a step costs no more than one of a f
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyra.backbones import switch, wrapped_config, wrapped_schedule
+from pyra.backbones import schedule_of, switch, wrapped_config, wrapped_schedule
 from pyra.errors import ConfigError
 
 RULES: tuple[str, ...] = ("sandwich", "uniform")
@@ -25,6 +26,8 @@ class RateSampler:
 
     The draw depends on the seed and the number of the step alone: every process of a distributed run, and a resumed
     one, gets the same.
+
+    It serves one model: schedules are kept.
 
     Args:
         rates: lowest and highest rate.
@@ -48,6 +51,7 @@ class RateSampler:
         if not self.lowest < self.highest:
             raise ConfigError(f"an elastic training needs a lowest and a higher rate, got {rates}")
         self.rule, self.seed, self.steps_between = rule, seed, steps_between
+        self._schedules: dict[float, list[int]] = {}
 
     def rate(self, step: int) -> float:
         """Return the rate of a training step, counted from 0."""
@@ -59,6 +63,21 @@ class RateSampler:
         else:
             point = draw.randint(0, self.steps_between + 1)
         return self.lowest + (self.highest - self.lowest) * point / (self.steps_between + 1)
+
+    def apply(self, model: nn.Module, step: int) -> float:
+        """Switch a model to the rate of a training step, and return it; each rate's schedule is solved once.
+
+        Raises:
+            ConfigError: for a model that is not wrapped.
+        """
+        config, rate = wrapped_config(model), self.rate(step)
+        if config is None:
+            raise ConfigError("only a model that merges tokens has rates: wrap or adapt it first")
+        config = dataclasses.replace(config, rate=rate, schedule=None)
+        if rate not in self._schedules:
+            self._schedules[rate] = schedule_of(model, config)
+        switch(model, config, self._schedules[rate])
+        return rate
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class ImageTrainer(Trainer):
         teacher = None
         if self.sampler is not None:
             inner = self.accelerator.unwrap_model(model)
-            set_rate(inner, self.sampler.rate(self.state.global_step))
+            self.sampler.apply(inner, self.state.global_step)
             if self.distill:
                 with uncompressed(inner):
                     teacher = model(inputs["pixel_values"])

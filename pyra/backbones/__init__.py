@@ -162,16 +162,26 @@ def set_rate(model: Model, rate: float | None = None, *, schedule: list[int] | N
 
 def switch(model: nn.Module, config: PyraConfig, schedule: list[int]) -> None:
     """Give a wrapped model another configuration and schedule, which fits; weights stay as they are."""
-    family, core = locate(model)
-    layers, plain = family.layers(core), next(merging_layers(core), None) is None
-    if any(schedule):
-        _refuse_patched(layers)
-    steps = _steps(family.geometry(core, None), schedule, [0] * len(schedule), config, family.patch_grid(core))
-    switch_layers(layers, steps, family.MERGING)
-    if plain and any(schedule):
-        family.prepare(core)
+    core = _core(model)
+    standing = {layer.step.layer: layer for layer in merging_layers(core)}
+    if standing.keys() >= {layer for layer, removed in enumerate(schedule) if removed}:
+        for index, layer in standing.items():
+            layer.step = dataclasses.replace(layer.step, removed=schedule[index], config=config)
+    else:
+        _replace_more(model, config, schedule)
     core.pyra_config = config  # type: ignore[assignment]
     core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
+
+
+def _replace_more(model: nn.Module, config: PyraConfig, schedule: list[int]) -> None:
+    """Let layers merge that did not stand in so far."""
+    family, core = locate(model)
+    layers, plain = family.layers(core), next(merging_layers(core), None) is None
+    _refuse_patched(layers)
+    steps = _steps(family.geometry(core, None), schedule, [0] * len(schedule), config, family.patch_grid(core))
+    switch_layers(layers, steps, family.MERGING)
+    if plain:
+        family.prepare(core)
 
 
 def schedule_of(model: nn.Module, config: PyraConfig) -> list[int]:

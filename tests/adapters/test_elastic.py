@@ -86,6 +86,17 @@ def test_the_divergence_is_that_of_its_definition() -> None:
     assert distillation_loss(teacher, teacher).abs() < 1e-6
 
 
+def test_a_step_switches_the_model_as_set_rate_does() -> None:
+    model, other = (wrap(build("timm-vit"), PyraConfig(rate=0.4, rate_range=RANGE)) for _ in range(2))
+    sampler = RateSampler(RANGE)
+    for step in (0, 1, 2, 5, 2):
+        assert sampler.apply(model, step) == sampler.rate(step)
+        other.set_rate(sampler.rate(step))
+        assert wrapped_schedule(model) == wrapped_schedule(other) and wrapped_config(model) == wrapped_config(other)
+    with pytest.raises(ConfigError, match="wrap or adapt it first"):
+        sampler.apply(build("timm-vit"), 0)
+
+
 def test_weights_of_every_rank_are_trained() -> None:
     """At the lowest rate few pairs merge; over the range every row of W_r has seen a gradient.
 
@@ -95,8 +106,9 @@ def test_weights_of_every_rank_are_trained() -> None:
     for parameter in (p for n, p in model.named_parameters() if "channel_weight" in n and p.requires_grad):
         nn.init.normal_(parameter)
     inputs, labels, seen = FAMILIES["timm-average"].inputs(), torch.tensor([0, 1, 2]), {}
+    sampler = RateSampler(RANGE)
     for step in range(60):
-        model.set_rate(RateSampler(RANGE).rate(step))
+        sampler.apply(model, step)
         F.cross_entropy(result(run(model, inputs)), labels).backward()
     for name, parameter in model.named_parameters():
         if "pair_weight" in name and parameter.requires_grad:
