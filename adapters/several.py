@@ -18,13 +18,13 @@ from pyra.adapters.starts import changes_weights
 from pyra.adapters.targets import REACTIVATION
 from pyra.backbones import (
     geometry,
-    merging_layers,
     schedule_of,
     switch,
     wrap,
     wrapped_config,
     wrapped_schedule,
 )
+from pyra.backbones.layers import merging_layers
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, PyraError
 from pyra.reactivation import Reactivation

@@ -32,6 +32,8 @@ class PyraConfig:
         rate_range: lowest and highest rate that one set of weights is to serve, with a ``reactivation`` module in every
             layer that merges at any of them; :func:`pyra.set_rate` switches. None: ``rate`` or ``schedule`` alone.
         reactivation: train re-activation weights (PYRA); False merges plainly (ToMe).
+        scaled_gates: divide the sum over ``r`` pairs that gates the channels (``delta_D``) by ``sqrt(r)``; False is
+            the published sum, whose sigmoids start saturated where many pairs merge. Weights are trained for one.
         proportional_attention: add log(size) of the keys to the attention scores.
         matching: how pairs are found: ``"bipartite"``, the published even/odd split (ToMe, arXiv 2210.09461);
             ``"energy"``, among the tokens that have most others like them (PiToMe, arXiv 2405.16148); ``"local"``,
@@ -61,6 +63,7 @@ class PyraConfig:
     rate: float | None = None
     rate_range: list[float] | None = None
     reactivation: bool = True
+    scaled_gates: bool = False
     proportional_attention: bool = True
     matching: str = "bipartite"
     order: Order = "grouped"
@@ -79,7 +82,7 @@ class PyraConfig:
         if self.rate is not None and not (_is_number(self.rate) and 0 <= self.rate < 1):
             problems.append(f"rate must be a number in [0, 1), got {self.rate!r}")
         problems += _range_problems(self.rate_range)
-        for name in ("reactivation", "proportional_attention"):
+        for name in ("reactivation", "scaled_gates", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
         named = (("matching", METHODS), ("order", ORDERS), ("backend", BACKENDS), ("attention", ATTENTIONS))
@@ -100,6 +103,8 @@ class PyraConfig:
                 problems.append("pruning drops every chosen token: give no threshold")
             if self.reactivation is True:
                 problems.append("pruning merges nothing that could be re-activated: give reactivation=False")
+        if self.scaled_gates is True and self.reactivation is False:
+            problems.append("scaled_gates scales what reactivation=False leaves out")
         if self.attention in ("augmented", "flex") and not self.proportional_attention:
             problems.append(
                 f"attention={self.attention!r} carries the sizes that proportional_attention=False leaves out"

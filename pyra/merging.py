@@ -19,7 +19,12 @@ from pyra.matching import MergePlan
 
 
 def merge_tokens(
-    x: Tensor, size: Tensor | None, plan: MergePlan, reactivation: nn.Module | None = None
+    x: Tensor,
+    size: Tensor | None,
+    plan: MergePlan,
+    reactivation: nn.Module | None = None,
+    *,
+    scaled_gates: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Merge the plan's sources into their destinations.
 
@@ -33,6 +38,7 @@ def merge_tokens(
         plan: from :func:`pyra.match_tokens` on the same tokens.
         reactivation: any module with the attributes ``pair_weight``, ``channel_weight`` and ``norm``
             (:class:`pyra.Reactivation`); None merges plainly.
+        scaled_gates: as in :class:`pyra.PyraConfig`.
 
     Returns:
         ``merged`` [B, N - r, C] and its ``size`` [B, N - r, 1] (float32 or wider).
@@ -46,7 +52,8 @@ def merge_tokens(
         sizes = torch.ones_like(x[:, :, :1]) if size is None else size
         sizes = sizes.to(torch.promote_types(torch.promote_types(sizes.dtype, x.dtype), torch.float32))
         return _gather(x, plan.kept), _gather(sizes, plan.kept)
-    return merge(x, size, Plan(plan.source, plan.destination, plan.kept, plan.target, plan.weight), reactivation)
+    indices = Plan(plan.source, plan.destination, plan.kept, plan.target, plan.weight)
+    return merge(x, size, indices, reactivation, scaled=scaled_gates)
 
 
 def unmerge_tokens(merged: Tensor, plan: MergePlan) -> Tensor:

@@ -36,6 +36,7 @@ def merge_step(
     rules: Rules,
     threshold: float | None = None,
     backend: str = "auto",
+    scaled_gates: bool = False,
 ) -> Merged:
     """Match and merge the tokens of one layer, and follow them.
 
@@ -52,6 +53,7 @@ def merge_step(
         rules: how pairs are found.
         threshold: as in :func:`pyra.match_tokens`.
         backend: what runs, as in :class:`pyra.PyraConfig`.
+        scaled_gates: as in :class:`pyra.PyraConfig`.
 
     Returns:
         Tokens [B, N - r, C], size [B, N - r, 1] int32, source map [B, N0], positions [B, N - r].
@@ -59,7 +61,7 @@ def merge_step(
     matched = match(keys, heads, removed, prefix, rules, positions, backend)
     plan = plan_of(matched, rules.method, threshold)
     indices = (plan.source, plan.destination, plan.kept, plan.target)
-    merged, total = merge(tokens, size, Plan(*indices, plan.weight), reactivation, backend)
+    merged, total = merge(tokens, size, Plan(*indices, plan.weight), reactivation, backend, scaled_gates)
     return merged, *follow(total.detach(), source_map, positions, plan.kept, plan.source, plan.target, backend)
 
 

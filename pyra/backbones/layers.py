@@ -168,6 +168,7 @@ class MergingLayer(nn.Module):
                 ),
                 config.threshold,
                 config.backend,
+                config.scaled_gates,
             )
         )
 

@@ -54,7 +54,12 @@ class Weights(NamedTuple):
 
 
 def merge(
-    x: Tensor, size: Tensor | None, plan: Plan, reactivation: nn.Module | None = None, backend: str = "auto"
+    x: Tensor,
+    size: Tensor | None,
+    plan: Plan,
+    reactivation: nn.Module | None = None,
+    backend: str = "auto",
+    scaled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Merge the tokens of a batch.
 
@@ -64,21 +69,30 @@ def merge(
         plan: which tokens merge; at least one.
         reactivation: a module with ``pair_weight``, ``channel_weight`` and ``norm``; None merges plainly.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        scaled: divide the sum over pairs that gates the channels by the root of their number.
 
     Returns:
         Tokens [B, N - r, C] and sizes [B, N - r, 1], these float32 or wider.
     """
+    gate = 1.0
+    if scaled and reactivation is not None:
+        rows: Any = reactivation.pair_weight
+        gate = max(min(len(rows), plan.source.shape[1]), 1) ** -0.5
     if as_operator(x, backend):
         weights = None if reactivation is None else Weights.of(reactivation)
+        if weights is not None and scaled:
+            weights = weights._replace(pair=weights.pair * gate)
         if (reactivation is None) == (weights is None):
             tensors = (None, None, None, None, 0.0) if weights is None else weights
             merged, total = torch.ops.pyra.merge_tokens(x, size, *plan, *tensors, backend)
             return merged, total
-    return reference(x, size, plan, reactivation)
+    return reference(x, size, plan, reactivation, gate)
 
 
-def reference(x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = None) -> tuple[Tensor, Tensor]:
-    """Merge in plain PyTorch; ``reactivation`` is a module or :class:`Weights`."""
+def reference(
+    x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = None, gate: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Merge in plain PyTorch; ``reactivation`` is a module or :class:`Weights`, ``gate`` as of :func:`reactivate`."""
     if size is None:
         size = torch.ones(x.shape[0], x.shape[1], 1, device=x.device, dtype=_wide(x.dtype))
     else:
@@ -100,7 +114,7 @@ def reference(x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = No
         received = tokens.index_select(0, flat(plan.destination, count)).to(_wide(x.dtype))
         pairs = received.mul_(kept_size.index_select(0, target)).addcmul_(moved, source_size)
         shape = (x.shape[0], removed, channels)
-        moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation, plan.weight)
+        moved = reactivate(moved.reshape(shape), pairs.reshape(shape), reactivation, plan.weight, gate)
         moved = moved.reshape(-1, channels)
     # Padding in padding (0 / 0) keeps its destination, stay = 1; every other size is divided as it is.
     padding = merged_size == 0
@@ -111,7 +125,7 @@ def reference(x: Tensor, size: Tensor | None, plan: Plan, reactivation: Any = No
     return merged.reshape(*plan.kept.shape, channels), merged_size.reshape(*plan.kept.shape, 1)
 
 
-def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | None = None) -> Tensor:
+def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | None = None, gate: float = 1.0) -> Tensor:
     """Modulate source tokens (equations 5-8 of arXiv 2403.09192).
 
     Args:
@@ -119,6 +133,7 @@ def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | No
         pairs: [B, r, C] ``M_s + M_t``, size-weighted sums of the matched pairs in rank order, float32 or wider.
         weights: a module with ``pair_weight``, ``channel_weight`` and ``norm``, or :class:`Weights`.
         counted: [B, r], 0 for pairs that take no part (dropped tokens), 1 for the others; None means all do.
+        gate: factor of ``delta_D``.
 
     Returns:
         [B, r, C].
@@ -135,10 +150,10 @@ def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | No
     if counted is not None:
         info = info * counted.to(info.dtype).unsqueeze(-1)
     rows = min(pair_weight.shape[0], pairs.shape[1])
-    channel_delta = pair_weight[:rows].T.to(info.dtype) @ info[:, :rows]
+    channel_delta = (gate * pair_weight[:rows]).T.to(info.dtype) @ info[:, :rows]
     token_delta = info @ channel_weight.T.to(info.dtype)
-    gate = (2 * token_delta.sigmoid() - 1) * (2 * channel_delta.sigmoid())
-    return torch.addcmul(source, gate.to(source.dtype), source)
+    modulation = (2 * token_delta.sigmoid() - 1) * (2 * channel_delta.sigmoid())
+    return torch.addcmul(source, modulation.to(source.dtype), source)
 
 
 def flat(index: Tensor, rows: int) -> Tensor:
