@@ -47,9 +47,12 @@ class RateSampler:
     def __init__(self, rates: list[float], rule: str = "sandwich", seed: int = 0, steps_between: int = 15) -> None:
         if rule not in RULES:
             raise ConfigError(f"the rule of an elastic training must be one of {', '.join(RULES)}, got {rule!r}")
-        self.lowest, self.highest = rates
-        if not self.lowest < self.highest:
+        numbers = [rate for rate in rates or () if isinstance(rate, (int, float))]
+        if len(numbers) != 2 or len(rates) != 2 or not numbers[0] < numbers[1]:
             raise ConfigError(f"an elastic training needs a lowest and a higher rate, got {rates}")
+        if steps_between < 1:
+            raise ConfigError(f"steps_between must be at least 1, got {steps_between}")
+        self.lowest, self.highest = numbers
         self.rule, self.seed, self.steps_between = rule, seed, steps_between
         self._schedules: dict[float, list[int]] = {}
 

@@ -12,7 +12,7 @@ from pyra.adapters.folder import StoredAdapter
 from pyra.adapters.targets import REACTIVATION
 from pyra.backbones import geometry
 from pyra.checkpoints import value_problems
-from pyra.errors import CheckpointError, ScheduleError, UnsupportedModelError
+from pyra.errors import CheckpointError, UnsupportedModelError
 
 _BLOCK = re.compile(r"^(.*?)\.(\d+)\.")
 
@@ -32,26 +32,6 @@ def check_backbone(base: nn.Module, stored: StoredAdapter) -> None:
         found.append(_other("width", min(stored_widths - {width}), width))
     if found:
         raise CheckpointError(f"{stored.folder} does not fit this backbone: {' and '.join(found)}")
-
-
-def check_merging(model: nn.Module, stored: StoredAdapter) -> None:
-    """Raise :class:`ScheduleError` where other blocks merge than those that have stored re-activation weights.
-
-    That happens at another token count alone, where a rate is solved to another schedule.
-    """
-    merging = {name for name, _ in model.named_modules() if name.rpartition(".")[2] == REACTIVATION}
-    there = {
-        key.removeprefix("base_model.model.").rpartition(f".{REACTIVATION}.")[0] + f".{REACTIVATION}"
-        for key in stored.weights
-        if f".{REACTIVATION}." in key
-    }
-    blocks = sorted(name.rpartition(".")[0] for name in merging ^ there)
-    if there and blocks:
-        raise ScheduleError(
-            f"{stored.folder} was trained with the schedule {stored.schedule}; at this backbone's token count other "
-            f"blocks merge, and {', '.join(blocks[:4])} {'differs' if len(blocks) == 1 else 'differ'}: give a backbone "
-            "with the token count of the training"
-        )
 
 
 def check_fit(base: nn.Module, own: Mapping[str, Tensor], stored: StoredAdapter, needed: set[str]) -> None:

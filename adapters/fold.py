@@ -8,6 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.several import settle
 from pyra.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def fold_adapter(model: nn.Module) -> nn.Module:
     if not isinstance(model, PeftModel):
         _fold_injected(model)
         return model
+    settle(model)
     config = model.peft_config[model.active_adapter]
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or not hasattr(model.base_model, "merge_and_unload"):

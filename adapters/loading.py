@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from pyra.adapters.adapt import carry_reactivation
-from pyra.adapters.fit import check_backbone, check_fit, check_merging
+from pyra.adapters.fit import check_backbone, check_fit
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights
 from pyra.adapters.targets import REACTIVATION, trained_modules
 from pyra.backbones import wrap
+from pyra.backbones.layers import merging_layers
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, PyraError, ScheduleError
+from pyra.reactivation import Reactivation
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     """Attach a saved adapter to a fresh backbone of the same width and depth.
 
     Merging, PEFT layers, re-activation weights and head are restored. The backbone may have another token count: a
-    rate is solved anew, and re-activation weights keep the length they were stored with. Where other blocks merge at
-    the new token count than those that have stored weights, the adapter is refused.
+    rate is solved anew, and re-activation weights keep the length they were stored with. A layer that merges at the new
+    token count, but has no stored weights, merges plainly, and a warning says so.
 
     Args:
         base: the backbone with its pretrained weights and a head of the right size (changed in place).
@@ -93,17 +95,37 @@ def _merge(base: nn.Module, stored: StoredAdapter, config: PyraConfig) -> None:
         wrap(base, config)
     except ScheduleError as error:
         raise ScheduleError(f"{stored.folder}: this backbone has another token count: {error}") from None
-    check_merging(base, stored)
-    _take_stored_lengths(base, stored.weights)
+    _match_stored(base, stored)
 
 
-def _take_stored_lengths(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give each re-activation module as many rows as were stored for its block."""
-    stored = {f".{key}": tensor for key, tensor in weights.items() if key.endswith(".pair_weight")}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == REACTIVATION:
-            own: Tensor = module.pair_weight
-            for key, tensor in stored.items():
-                fits = tensor.ndim == 2 and len(tensor) and tensor.shape[1:] == own.shape[1:]
-                if key.endswith(f".{name}.pair_weight") and fits:  # what does not fit is told with the rest
-                    module.pair_weight = nn.Parameter(torch.zeros_like(tensor, dtype=own.dtype, device=own.device))
+def _match_stored(model: nn.Module, stored: StoredAdapter) -> None:
+    """Have a re-activation module, of the stored length, in each layer that has stored weights, and in no other.
+
+    The rate may be another than the one of the training, and the token count: layers without stored weights merge
+    plainly, and those of layers that do not merge here are left out.
+    """
+    paths, plain = {id(module): path for path, module in model.named_modules()}, []
+    rows = {key: tensor for key, tensor in stored.weights.items() if key.endswith(f".{REACTIVATION}.pair_weight")}
+    placed = set()
+    for layer in merging_layers(model):
+        suffix = f"{paths[id(layer)]}.{REACTIVATION}.pair_weight"
+        key = next((key for key in rows if f".{key}".endswith(f".{suffix}")), None)
+        if key is None:
+            if hasattr(layer, REACTIVATION):
+                del layer.reactivation
+                plain += [str(layer.step.layer)] if layer.step.removed else []
+            continue
+        placed.add(key.removesuffix("pair_weight"))
+        fits = rows[key].ndim == 2 and len(rows[key]) and rows[key].shape[1] == 1
+        if fits:  # what does not fit is told with the rest
+            like = next(p for p in layer.parameters() if p.is_floating_point())
+            layer.reactivation = Reactivation(len(rows[key]), layer.step.dim, device=like.device, dtype=like.dtype)
+    unread = {key.removesuffix("pair_weight") for key in rows} - placed
+    for key in [key for key in stored.weights if any(key.startswith(start) for start in unread)]:
+        del stored.weights[key]
+    if rows and plain:
+        warnings.warn(
+            f"{stored.folder} has no re-activation weights for layers {', '.join(plain)}, which merge in this model: "
+            f"they merge plainly (it was trained with the schedule {stored.schedule})",
+            stacklevel=2,
+        )

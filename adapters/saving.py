@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyra.adapters.adapt import carry_reactivation
 from pyra.adapters.card import CardInfo, is_ours, model_card
 from pyra.adapters.folder import CARD, PEFT_FILE, PYRA_FILE, WEIGHTS, merging_record
+from pyra.adapters.several import settle
 from pyra.adapters.starts import save_as_plain_lora
 from pyra.adapters.targets import trained_modules
 from pyra.backbones import wrapped_config, wrapped_schedule
@@ -37,6 +38,7 @@ def save_adapter(model: nn.Module, folder: str | Path, card: CardInfo | None = N
         ConfigError: where the model carries several adapters, or trained weights that PEFT would not save (named).
         CheckpointError: where a trained weight is NaN or infinite (named); nothing is written.
     """
+    settle(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from pyra.adapters.adapt import carry_reactivation
+from pyra.adapters.bottleneck import BottleneckConfig
 from pyra.adapters.fit import check_backbone, check_fit
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
 from pyra.adapters.prompts import VisualPromptsConfig
@@ -58,13 +60,27 @@ def add_adapter(model: nn.Module, folder: str | Path, name: str) -> nn.Module:
         raise ConfigError("add_adapter needs a model that has an adapter: use load_adapter for the first")
     if name in model.peft_config:
         raise ConfigError(f"the model has an adapter {name!r} already: {', '.join(model.peft_config)}")
+    settle(model)
+    configs, known = copy.deepcopy(model.peft_config), {id(module) for module in model.modules()}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         stored = read_adapter(folder)
         _refuse(stored, model)
         with unchanged_on_error(model):
             _add(model, stored, name)
-    except PyraError as error:
-        raise type(error)(f"{error} (the model is as it was)") from None
+    except BaseException as error:
+        for key, config in configs.items():
+            model.peft_config[key].__dict__.update(config.__dict__)
+        if isinstance(error, PyraError):
+            raise type(error)(f"{error} (the model is as it was)") from None
+        raise
+    for module in model.modules():
+        if id(module) not in known:  # what came with the adapter, which is not the active one
+            module.training = model.training
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    for parameter, flag in trained:
+        parameter.requires_grad_(flag)
     return model
 
 
@@ -82,24 +98,46 @@ def switch_adapter(model: nn.Module, name: str) -> nn.Module:
 
     Raises:
         ConfigError: where the model has no such adapter.
+
+    PEFT's own ``set_adapter`` switches weights, but no rate; what it did is put right by the next call here, and when
+    the adapter is saved.
     """
     names = list(model.peft_config) if isinstance(model, PeftModel) else []
     if name not in names:
         raise ConfigError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}")
     assert isinstance(model, PeftModel)
-    states = _states(model)
+    settle(model)
+    states, trains = _states(model), any(parameter.requires_grad for parameter in model.parameters())
     states[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
     model.set_adapter(name)
-    config, schedule = states.get(name, (None, None))
+    if not trains:
+        model.requires_grad_(False)
+    _apply(model, name)
+    return model
+
+
+def settle(model: nn.Module) -> None:
+    """Bring the rate in line with the active adapter, where PEFT's own calls switched or deleted adapters since."""
+    if not isinstance(model, PeftModel) or "pyra_adapters" not in model.__dict__:
+        return
+    states = _states(model)
+    for name in [name for name in states if name not in model.peft_config]:
+        del states[name]
+    if model.__dict__.get("pyra_active") != model.active_adapter:
+        _apply(model, model.active_adapter)
+
+
+def _apply(model: PeftModel, name: str) -> None:
+    config, schedule = _states(model).get(name, (None, None))
     if config is not None and schedule is not None:
         switch(model, config, schedule)
     elif wrapped_config(model) is not None:
         switch(model, _STILL, [0] * geometry(model).depth)
-    return model
+    model.__dict__["pyra_active"] = name
 
 
 def _states(model: PeftModel) -> dict[str, tuple[PyraConfig | None, list[int] | None]]:
-    """What merges with each adapter that is not the active one."""
+    """What merges with each adapter, as far as it is not the active one."""
     states: dict[str, tuple[PyraConfig | None, list[int] | None]] = model.__dict__.setdefault("pyra_adapters", {})
     return states
 
@@ -110,6 +148,11 @@ def _refuse(stored: StoredAdapter, model: PeftModel) -> None:
         raise ConfigError(f"{stored.folder} was trained without a PEFT method, and cannot be one of several")
     if any(isinstance(config, VisualPromptsConfig) for config in (peft, *own)):
         raise ConfigError("visual prompts change the number of tokens: they cannot be one of several adapters")
+    shared = [c for c in (peft, *own) if getattr(c, "bias", "none") not in (None, False, "none")]
+    if shared:
+        raise ConfigError(f"{type(shared[0]).__name__}(bias={shared[0].bias!r}) trains biases that all adapters share")
+    if any(isinstance(config, BottleneckConfig) for config in (peft, *own)):
+        raise ConfigError("a bottleneck adapter cannot be one of several: fold_adapter makes it a part of the model")
     if changes_weights(peft):
         raise ConfigError(
             f"{stored.folder} starts from changed weights of the backbone ({type(peft).__name__}, saved by stock "
@@ -140,9 +183,7 @@ def _add(model: PeftModel, stored: StoredAdapter, name: str) -> None:
     states = _states(model)
     states[name] = (wrapped_config(model), wrapped_schedule(model)) if stored.pyra is not None else (None, None)
     states[active] = before
-    model.set_adapter(name)  # so that the one below finds another active
-    switch_adapter(model, active)
-    states[name] = states[name] if stored.pyra is not None else (None, None)
+    _apply(model, active)
 
 
 def _stored_rows(stored: StoredAdapter, path: str) -> torch.Tensor | None:
@@ -152,13 +193,16 @@ def _stored_rows(stored: StoredAdapter, path: str) -> torch.Tensor | None:
 
 def _make_room(model: PeftModel, stored: StoredAdapter) -> None:
     """Give layers that merge with the new adapter alone the modules that its re-activation weights go to."""
-    paths = {id(module): path for path, module in model.get_base_model().named_modules()}
+    paths, made = {id(module): path for path, module in model.get_base_model().named_modules()}, []
     for layer in merging_layers(model):
         rows = _stored_rows(stored, paths[id(layer)])
         if rows is not None and not hasattr(layer, REACTIVATION):
             like = next(p for p in layer.parameters() if p.is_floating_point())
             layer.reactivation = Reactivation(len(rows), layer.step.dim, device=like.device, dtype=like.dtype)
+            made.append(layer)
     carry_reactivation(model)
+    for layer in made:  # the adapter that is active merges nothing there
+        layer.reactivation.requires_grad_(False)
 
 
 def _take_stored_lengths(model: PeftModel, stored: StoredAdapter, name: str) -> None:

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"rate": rate, **_compared(elastic, fixed)})
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
     here = environment()
-    write_json(options.output, {"options": asdict(options), "rows": rows, "environment": here})
+    settings = {name: value for name, value in asdict(options).items() if name not in ("runs", "output")}
+    write_json(options.output, {"options": settings, "rows": rows, "environment": here})
     print(f"written to {options.output} (percentage points, {options.seeds} seeds, 95 % interval of elastic - fixed)")
     return 0
 

@@ -72,7 +72,7 @@ def wrap(model: Model, config: PyraConfig) -> Model:
         raise ConfigError(f"wrap needs a PyraConfig, such as PyraConfig(rate=0.5); got {config!r}")
     family, core = locate(model)
     sizes, schedule = family.geometry(core, None), schedule_of(model, config)
-    if wrapped_config(model) == config and wrapped_schedule(model) == schedule:
+    if _is_in_force(model, config) and wrapped_schedule(model) == schedule:
         return model
     grid = family.patch_grid(core)
     drop = getattr(core, "patch_drop", None)  # an identity, or none, where patches are not dropped in training
@@ -194,6 +194,14 @@ def schedule_of(model: nn.Module, config: PyraConfig) -> list[int]:
     schedule = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
     check_schedule(schedule, sizes)
     return schedule
+
+
+def _is_in_force(model: nn.Module, config: PyraConfig) -> bool:
+    """Whether a model is wrapped so; a range that :func:`set_rate` noted is not asked for again."""
+    current = wrapped_config(model)
+    if current is not None and config.rate_range is None:
+        current = dataclasses.replace(current, rate_range=None)
+    return current == config
 
 
 def _refuse_patched(layers: Iterable[nn.Module]) -> None:

@@ -156,7 +156,8 @@ class MergingLayer(nn.Module):
                 stream.positions,
                 keys,
                 heads,
-                getattr(self, "reactivation", None),
+                # A layer may hold the weights of another adapter than the one whose configuration this is.
+                getattr(self, "reactivation", None) if config.reactivation else None,
                 step.removed,
                 step.prefix,
                 Rules(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyra import PyraConfig, unwrap, wrap
-from pyra.adapters import adapt
+from pyra.adapters import adapt, load_adapter, save_adapter
 from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
 from pyra.backbones import wrapped_config, wrapped_schedule
 from pyra.errors import ConfigError
@@ -41,7 +43,12 @@ def test_a_draw_depends_on_seed_and_step_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "rule", "said"), [(RANGE, "random", "one of sandwich, uniform"), ([0.3, 0.3], "uniform", "higher rate")]
+    ("rates", "rule", "said"),
+    [
+        (RANGE, "random", "one of sandwich, uniform"),
+        ([0.3, 0.3], "uniform", "higher rate"),
+        ([0.1, 0.2, 0.4], "uniform", "higher rate"),
+    ],
 )
 def test_what_cannot_be_drawn(rates: list[float], rule: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -114,3 +121,34 @@ def test_weights_of_every_rank_are_trained() -> None:
         if "pair_weight" in name and parameter.requires_grad:
             seen[name] = parameter.grad
     assert len(seen) == 3 and all((gradient != 0).all() for gradient in seen.values())
+
+
+@pytest.mark.parametrize(
+    "pyra", [PyraConfig(schedule=[0, 0, 9]), PyraConfig(schedule=[16, 0, 0]), PyraConfig(rate=0.3)]
+)
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+@pytest.mark.parametrize("peft", [LoraConfig(r=3, init_lora_weights=False), None])
+@pytest.mark.filterwarnings("ignore:rate .* is outside what these weights are for:UserWarning")
+def test_a_model_that_was_switched_is_saved_and_loaded(
+    pyra: PyraConfig, rate: float, peft: LoraConfig | None, tmp_path: Path
+) -> None:
+    model, inputs = (
+        trained(adapt(build("timm-average"), pyra=pyra, peft=peft)).eval(),
+        FAMILIES["timm-average"].inputs(),
+    )
+    model.set_rate(rate)
+    save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers that merge now and did not when it was trained
+        again = load_adapter(build("timm-average"), tmp_path)
+    torch.testing.assert_close(values(again, inputs), values(model, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_wrapping_again_after_a_switch_there_and_back_changes_nothing() -> None:
+    asked, inputs = PyraConfig(rate=0.3), FAMILIES["timm-vit"].inputs()
+    model = trained(wrap(build("timm-vit"), asked))
+    expected = values(model, inputs)
+    with pytest.warns(UserWarning, match="outside"):
+        model.set_rate(0.1)
+    model.set_rate(0.3)
+    assert torch.equal(values(wrap(model, asked), inputs), expected)

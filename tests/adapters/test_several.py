@@ -146,3 +146,77 @@ def test_what_cannot_be_added_changes_nothing(tmp_path: Path) -> None:
         add_adapter(build(FAMILY), good, "new")
     with pytest.raises(ConfigError, match="no adapter 'x'; it has none"):
         switch_adapter(build(FAMILY), "x")
+
+
+def test_a_model_in_evaluation_stays_so_and_frozen(tmp_path: Path) -> None:
+    first, _ = saved(tmp_path / "first", CONFIGS["slow"])
+    drop, expected = saved(tmp_path / "drop", CONFIGS["fast"], LoraConfig(r=4, lora_dropout=0.5))
+    model = add_adapter(load_adapter(build(FAMILY), first), drop, "drop")
+    switch_adapter(model, "drop")
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(result(run(model, FAMILIES[FAMILY].inputs())), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_in_training_goes_on_with_the_same_weights(tmp_path: Path) -> None:
+    fast, _ = saved(tmp_path / "fast", CONFIGS["fast"])
+    model = adapt(build(FAMILY), pyra=CONFIGS["late"], peft=LoraConfig()).train()
+    before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    add_adapter(model, fast, "fast")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == before
+    assert model.training
+
+
+@pytest.mark.parametrize("switch", ["delete_adapter", "set_adapter"])
+def test_what_peft_does_itself_is_put_right_when_saved(switch: str, tmp_path: Path) -> None:
+    (slow, _), (fast, expected) = (saved(tmp_path / name, CONFIGS[name]) for name in ("slow", "fast"))
+    model = add_adapter(load_adapter(build(FAMILY), slow), fast, "fast")
+    if switch == "delete_adapter":
+        model.delete_adapter("default")
+    else:
+        model.set_adapter("fast")
+        model.delete_adapter("default")
+    save_adapter(model, tmp_path / "again")
+    torch.testing.assert_close(values(model), expected, rtol=1e-5, atol=1e-5)
+    again = load_adapter(build(FAMILY), tmp_path / "again")
+    torch.testing.assert_close(values(again), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["late", "still", "plain"])
+def test_one_that_is_left_alone_again_can_be_saved(name: str, tmp_path: Path) -> None:
+    (own, expected), (fast, _) = (saved(tmp_path / each, CONFIGS[each]) for each in (name, "fast"))
+    model = add_adapter(load_adapter(build(FAMILY), own), fast, "fast")
+    model.delete_adapter("fast")
+    save_adapter(model, tmp_path / "again")
+    again = load_adapter(build(FAMILY), tmp_path / "again")
+    torch.testing.assert_close(values(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_without_reactivation_reads_none(tmp_path: Path) -> None:
+    plain, expected = saved(tmp_path / "plain", PyraConfig(rate=0.4, reactivation=False))
+    first, _ = saved(tmp_path / "first", CONFIGS["fast"])
+    model = add_adapter(load_adapter(build(FAMILY), first), plain, "plain")
+    with torch.no_grad():  # what an adapter that is not there falls back to
+        for name, parameter in model.named_parameters():
+            if "reactivation" in name:
+                parameter.normal_()
+    torch.testing.assert_close(values(switch_adapter(model, "plain")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_that_are_shared_are_refused(tmp_path: Path) -> None:
+    biased, _ = saved(tmp_path / "biased", CONFIGS["fast"], LoraConfig(r=2, bias="lora_only"))
+    slow, _ = saved(tmp_path / "slow", CONFIGS["slow"])
+    for first, second in ((slow, biased), (biased, slow)):
+        with pytest.raises(ConfigError, match="trains biases that all adapters share"):
+            add_adapter(load_adapter(build(FAMILY), first), second, "second")
+
+
+def test_configurations_come_back_after_an_error(tmp_path: Path) -> None:
+    still, _ = saved(tmp_path / "still", None)
+    loha, _ = saved(tmp_path / "loha", CONFIGS["slow"], LoHaConfig(r=2))
+    model = load_adapter(build(FAMILY), still)
+    before = copy.deepcopy(model.peft_config["default"].__dict__)
+    with pytest.raises((CheckpointError, ConfigError)):
+        add_adapter(model, loha, "loha")
+    assert model.peft_config["default"].__dict__ == before
