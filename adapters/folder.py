@@ -53,6 +53,16 @@ class StoredAdapter:
     pyra: PyraConfig | None
     schedule: list[int] | None
 
+    def reactivation_of(self, path: str) -> str | None:
+        """Return what the names of a layer's stored re-activation weights start with, or None where it has none.
+
+        Args:
+            path: of the layer in the backbone, such as ``blocks.3``.
+        """
+        ending = f".{path}.{REACTIVATION}."
+        found = (key.removesuffix("pair_weight") for key in self.weights if key.endswith(".pair_weight"))
+        return next((start for start in found if f".{start}".endswith(ending)), None)
+
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
     """Read a folder written by ``save_adapter`` or by stock peft.

@@ -16,10 +16,9 @@ from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights
 from pyra.adapters.targets import REACTIVATION, trained_modules
 from pyra.backbones import wrap
-from pyra.backbones.layers import merging_layers
+from pyra.backbones.layers import give_reactivation, merging_layers
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, PyraError, ScheduleError
-from pyra.reactivation import Reactivation
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
@@ -104,26 +103,22 @@ def _match_stored(model: nn.Module, stored: StoredAdapter) -> None:
     The rate may be another than the one of the training, and the token count: layers without stored weights merge
     plainly, and those of layers that do not merge here are left out.
     """
-    paths, plain = {id(module): path for path, module in model.named_modules()}, []
-    rows = {key: tensor for key, tensor in stored.weights.items() if key.endswith(f".{REACTIVATION}.pair_weight")}
-    placed = set()
+    paths, plain, placed = {id(module): path for path, module in model.named_modules()}, [], set()
     for layer in merging_layers(model):
-        suffix = f"{paths[id(layer)]}.{REACTIVATION}.pair_weight"
-        key = next((key for key in rows if f".{key}".endswith(f".{suffix}")), None)
-        if key is None:
+        start = stored.reactivation_of(paths[id(layer)])
+        if start is None:
             if hasattr(layer, REACTIVATION):
                 del layer.reactivation
                 plain += [str(layer.step.layer)] if layer.step.removed else []
             continue
-        placed.add(key.removesuffix("pair_weight"))
-        fits = rows[key].ndim == 2 and len(rows[key]) and rows[key].shape[1] == 1
-        if fits:  # what does not fit is told with the rest
-            like = next(p for p in layer.parameters() if p.is_floating_point())
-            layer.reactivation = Reactivation(len(rows[key]), layer.step.dim, device=like.device, dtype=like.dtype)
-    unread = {key.removesuffix("pair_weight") for key in rows} - placed
-    for key in [key for key in stored.weights if any(key.startswith(start) for start in unread)]:
+        placed.add(start)
+        rows = stored.weights[f"{start}pair_weight"]
+        if rows.ndim == 2 and len(rows) and rows.shape[1] == 1:  # what does not fit is told with the rest
+            give_reactivation(layer, len(rows))
+    starts = {key.removesuffix("pair_weight") for key in stored.weights if key.endswith(f".{REACTIVATION}.pair_weight")}
+    for key in [key for key in stored.weights if any(key.startswith(start) for start in starts - placed)]:
         del stored.weights[key]
-    if rows and plain:
+    if starts and plain:
         warnings.warn(
             f"{stored.folder} has no re-activation weights for layers {', '.join(plain)}, which merge in this model: "
             f"they merge plainly (it was trained with the schedule {stored.schedule})",

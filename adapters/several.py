@@ -26,10 +26,9 @@ from pyra.backbones import (
     wrapped_config,
     wrapped_schedule,
 )
-from pyra.backbones.layers import merging_layers
+from pyra.backbones.layers import give_reactivation, merging_layers
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, PyraError
-from pyra.reactivation import Reactivation
 
 _STILL = PyraConfig(rate=0.0, reactivation=False)  # what an adapter without merging does
 
@@ -186,19 +185,13 @@ def _add(model: PeftModel, stored: StoredAdapter, name: str) -> None:
     _apply(model, active)
 
 
-def _stored_rows(stored: StoredAdapter, path: str) -> torch.Tensor | None:
-    suffix = f"{path}.{REACTIVATION}.pair_weight"
-    return next((tensor for key, tensor in stored.weights.items() if f".{key}".endswith(f".{suffix}")), None)
-
-
 def _make_room(model: PeftModel, stored: StoredAdapter) -> None:
     """Give layers that merge with the new adapter alone the modules that its re-activation weights go to."""
     paths, made = {id(module): path for path, module in model.get_base_model().named_modules()}, []
     for layer in merging_layers(model):
-        rows = _stored_rows(stored, paths[id(layer)])
-        if rows is not None and not hasattr(layer, REACTIVATION):
-            like = next(p for p in layer.parameters() if p.is_floating_point())
-            layer.reactivation = Reactivation(len(rows), layer.step.dim, device=like.device, dtype=like.dtype)
+        start = stored.reactivation_of(paths[id(layer)])
+        if start is not None and not hasattr(layer, REACTIVATION):
+            give_reactivation(layer, len(stored.weights[f"{start}pair_weight"]))
             made.append(layer)
     carry_reactivation(model)
     for layer in made:  # the adapter that is active merges nothing there
@@ -208,9 +201,9 @@ def _make_room(model: PeftModel, stored: StoredAdapter) -> None:
 def _take_stored_lengths(model: PeftModel, stored: StoredAdapter, name: str) -> None:
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper) and path.rpartition(".")[2] == REACTIVATION:
-            rows = _stored_rows(stored, path.rpartition(".")[0])
-            if rows is None or name not in module.modules_to_save:
+            start = stored.reactivation_of(path.rpartition(".")[0])
+            if start is None or name not in module.modules_to_save:
                 continue
-            mine = module.modules_to_save[name]
+            mine, rows = module.modules_to_save[name], stored.weights[f"{start}pair_weight"]
             if rows.shape[1:] == mine.pair_weight.shape[1:]:  # what does not fit is told with the rest
                 mine.pair_weight = nn.Parameter(torch.zeros_like(rows, dtype=mine.pair_weight.dtype))

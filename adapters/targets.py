@@ -11,9 +11,9 @@ from torch import nn
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.prompts.model import prompt_target
 from pyra.backbones import locate
+from pyra.backbones.layers import REACTIVATION as REACTIVATION
 from pyra.errors import ConfigError, UnsupportedModelError
 
-REACTIVATION = "reactivation"
 # The paper adapts the fused qkv (arXiv 2403.09192, section 4).
 _QUERIES_KEYS_VALUES = ("qkv", "q_proj", "k_proj", "v_proj")
 _NORMS = (nn.LayerNorm, nn.RMSNorm)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pyra.errors import ConfigError
 from pyra.scripts.cli import parse
 from pyra.tasks.options import RunOptions, option
 
@@ -27,7 +28,9 @@ class StudyOptions:
     checkpoint: str | None = option(None, "as for pyra train")
     image_size: int | None = option(None, "as for pyra train")
     method: str = option("pyra", "pyra or tome", choices=("pyra", "tome"))
-    rates: str = option("0.3,0.5,0.7", "rates of the grid; the elastic run covers the lowest to the highest")
+    rates: tuple[float, ...] = option(
+        (0.3, 0.5, 0.7), "rates of the grid; the elastic run covers the lowest to the highest"
+    )
     seeds: int = option(3, "runs of each")
     epochs: float = option(3.0, "passes over the training images, the same for every run")
     batch_size: int = option(16, "images a step")
@@ -56,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyra.tasks.results import environment
 
     quiet_libraries()
-    rates = [float(rate) for rate in options.rates.split(",")]
+    rates = options.rates
+    if len(set(rates)) < 2 or options.seeds < 1:
+        raise ConfigError("--rates must be at least two different rates, and --seeds at least 1")
     whole = f"{min(rates)}:{max(rates)}"
     rows = []
     correct: dict[tuple[str, float, int], Any] = {}

@@ -91,7 +91,8 @@ class RunOptions:
             problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
         if self.method not in MERGING and given:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
-        problems += self._elastic_problems(given)
+        of_rates = self._rate_problems()
+        problems += of_rates
         for name in ("rank", "epochs", "batch_size", "lr"):
             if not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
@@ -107,7 +108,7 @@ class RunOptions:
             problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
         if re.fullmatch(DEVICES, self.device) is None:
             problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
-        if self.method in MERGING and len(given) == 1 and not problems:
+        if self.method in MERGING and len(given) == 1 and not of_rates:
             try:
                 self.pyra_config()
             except ConfigError as error:
@@ -134,7 +135,7 @@ class RunOptions:
         except ValueError:
             raise ConfigError(f"--rate must be a number, or two as in 0.3:0.8, got {self.rate!r}") from None
 
-    def _elastic_problems(self, given: list[str]) -> list[str]:
+    def _rate_problems(self) -> list[str]:
         try:
             rates = self.rates()
         except ConfigError as error:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pyra.backbones.layers import (
+    REACTIVATION,
     MergingLayer,
     Step,
     merging_layers,
@@ -33,7 +34,6 @@ from pyra.schedule import check_schedule, preset_for, solve_schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 InputSize = int | tuple[int, int]
-REACTIVATION = "reactivation"
 _GRID = 16  # schedules looked at within a range of rates
 _RATE_STEP = 0.01  # a schedule of whole tokens misses its rate by less
 

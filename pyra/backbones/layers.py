@@ -29,6 +29,8 @@ from pyra.merging import spread
 from pyra.reactivation import Reactivation
 from pyra.step import layer_norm, merge_step
 
+REACTIVATION = "reactivation"  # name of the module in a layer
+
 
 @dataclass(frozen=True)
 class TokenStream:
@@ -263,16 +265,26 @@ def _standing_for(layer: nn.Module, step: Step, kind: type[MergingLayer]) -> Mer
     new.step = step
     new.replaced = (layer,)
     if step.pairs and step.config.reactivation:
-        weight = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
-        if weight is None:
-            raise UnsupportedModelError(
-                f"layer {step.layer} has no weights of 16 bits or more, which trained re-activation weights would be "
-                "like: give reactivation=False"
-            )
-        with torch.inference_mode(False):  # they are to be trained, wherever this runs
-            new.reactivation = Reactivation(step.pairs, step.dim, device=weight.device, dtype=weight.dtype)
-        new.reactivation.train(layer.training)
+        give_reactivation(new, step.pairs)
     return new
+
+
+def give_reactivation(layer: MergingLayer, pairs: int) -> None:
+    """Give a layer fresh re-activation weights of ``pairs`` rows, which change nothing yet.
+
+    Raises:
+        UnsupportedModelError: where the layer has no weights of a precision that can be trained.
+    """
+    step = layer.step
+    weight = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+    if weight is None:
+        raise UnsupportedModelError(
+            f"layer {step.layer} has no weights of 16 bits or more, which trained re-activation weights would be "
+            "like: give reactivation=False"
+        )
+    with torch.inference_mode(False):  # they are to be trained, wherever this runs
+        layer.reactivation = Reactivation(pairs, step.dim, device=weight.device, dtype=weight.dtype)
+    layer.reactivation.train(layer.training)
 
 
 # State of an instance that is bound to it: `Module.compile`, and a forward of its own.

@@ -22,6 +22,7 @@ from pyra.errors import KernelError
 from pyra.kernels import checks, match, merge
 from pyra.kernels.match import Rules
 from pyra.kernels.merge import Plan, Weights
+from pyra.reactivation import Reactivation
 from pyra.step import merge_step
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import Subject
@@ -219,8 +220,6 @@ def _without_gradients(job: Callable[[], Any]) -> Job:
 
 def _module(weights: Weights) -> nn.Module:
     """Return weights as a layer has them."""
-    from pyra.reactivation import Reactivation
-
     module = Reactivation(weights.pair.shape[0], weights.channel.shape[1], device=weights.pair.device)
     module = module.to(weights.pair.dtype)
     with torch.no_grad():

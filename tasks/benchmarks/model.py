@@ -75,7 +75,10 @@ def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: boo
 
 
 def machinery_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
-    """Time what merging adds at the high schedule: matching, merging and following of every layer, over one forward."""
+    """Time matching, merging and following of every layer at the high schedule, over one plain forward.
+
+    The bias of the attention and the spreading after the last layer are in the forward's rows alone.
+    """
     sizes, schedules = subject.shapes()
     device, dtype = torch.device(subject.device), getattr(torch, subject.dtype)
     plain, images, jobs = subject.make().eval(), _images(subject, batch_size), {}

@@ -70,3 +70,8 @@ def test_a_run_that_merges_nothing_has_no_rate(tiny_backbone: Path, tmp_path: Pa
     train(options(tiny_backbone, tmp_path / "run", method="lora", rate=None, elastic=False))
     with pytest.raises(ConfigError, match="trained with --method lora, which merges nothing"):
         evaluate_run(tmp_path / "run", device="cpu", rate=0.5)
+
+
+def test_a_wrong_rate_hides_no_other_problem(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--lr must be a positive number, got -1; rate must be a number in \[0, 1\)"):
+        options(tmp_path, tmp_path / "run", rate=1.5, elastic=False, lr=-1)
