@@ -1,21 +1,31 @@
 """Compare one elastic adapter with adapters trained at each rate alone; ``python -m pyra.scripts.study_elastic``.
 
-Both are scored on the same test images; the difference is bootstrapped over images and seeds together, in pairs.
+All are scored on the same test images; differences are bootstrapped over images and seeds together, in pairs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyra.errors import ConfigError
 from pyra.scripts.cli import parse
 from pyra.tasks.options import RunOptions, option
 
-DRAWS = 5000
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from pyra.backbones.layers import MergingLayer
+
+KINDS = {
+    "elastic": "re-activation weights of the first r ranks",
+    "resampled": "the same weights stretched over r ranks",
+    "distilled": "elastic, and learning from the uncompressed pass, too",
+}
 
 
 @dataclass(kw_only=True)
@@ -28,6 +38,7 @@ class StudyOptions:
     checkpoint: str | None = option(None, "as for pyra train")
     image_size: int | None = option(None, "as for pyra train")
     method: str = option("pyra", "pyra or tome", choices=("pyra", "tome"))
+    kinds: tuple[str, ...] = option(("elastic",), "elastic adapters to train", choices=tuple(KINDS))
     rates: tuple[float, ...] = option(
         (0.3, 0.5, 0.7), "rates of the grid; the elastic run covers the lowest to the highest"
     )
@@ -38,9 +49,26 @@ class StudyOptions:
     reactivation_lr: float = option(4e-4, "peak learning rate of the re-activation weights")
     rank: int = option(8, "rank of LoRA")
     targets: str = option("qkv,proj,fc1,fc2", "modules that LoRA adapts")
-    distill: bool = option(False, "the elastic runs learn from the uncompressed pass, too")
+    dtype: str = option("float32", "as for pyra train", choices=("float32", "bfloat16"))
+    device: str = option("auto", "as for pyra train")
+    limit: int | None = option(None, "as for pyra train")
     runs: str = option("runs/elastic-study", "folder of the runs; one that is there is not trained again")
     output: str = option("results/elastic-demo.json", "file to write the rows to")
+
+    def run(self, rate: str, seed: int, kind: str) -> RunOptions:
+        """Return the options of one run."""
+        shared = {f.name for f in dataclasses.fields(RunOptions)} & {f.name for f in dataclasses.fields(self)}
+        elastic = kind != "fixed"
+        return RunOptions(
+            **{name: getattr(self, name) for name in shared - {"output"}},
+            rate=rate,
+            elastic=elastic,
+            distill=kind == "distilled",
+            dropout=0.0,
+            drop_path=0.0,
+            seed=seed,
+            output=str(Path(self.runs) / f"{self.method}-{kind}-{rate.replace(':', '-')}-{seed}"),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,109 +77,73 @@ def main(argv: Sequence[str] | None = None) -> int:
         StudyOptions,
         argv,
         prog="python -m pyra.scripts.study_elastic",
-        description="Compare one elastic adapter with adapters trained at each rate alone.",
+        description="Compare elastic adapters with adapters trained at each rate alone.",
         example="python -m pyra.scripts.study_elastic --seeds 3 --output results/elastic-demo.json",
     )
     from tabulate import tabulate
 
     from pyra.files import write_json
+    from pyra.tasks.comparison import Right, paired_difference
+    from pyra.tasks.outcomes import outcomes
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.results import environment
+    from pyra.tasks.runs import new_model, resolve_device
 
     quiet_libraries()
+    device = str(resolve_device(options.device))
     rates = options.rates
-    if len(set(rates)) < 2 or options.seeds < 1:
-        raise ConfigError("--rates must be at least two different rates, and --seeds at least 1")
+    if len(set(rates)) < 2 or options.seeds < 1 or not options.kinds:
+        raise ConfigError("--rates must be at least two different rates, --seeds at least 1, --kinds at least one")
     whole = f"{min(rates)}:{max(rates)}"
-    rows = []
-    correct: dict[tuple[str, float, int], Any] = {}
+    planned = [(kind, whole, rates) for kind in options.kinds] + [("fixed", str(rate), (rate,)) for rate in rates]
+    right: dict[tuple[str, float], list[Right]] = {}
     for seed in range(options.seeds):
-        for name in (whole, *map(str, rates)):
-            folder = Path(options.runs) / f"{options.method}-{name.replace(':', '-')}-{seed}"
-            print(f"seed {seed}, rate {name}", file=sys.stderr, flush=True)
-            model, data, run = _trained(options, name, seed, folder)
-            for rate in rates if name == whole else [float(name)]:
-                kind = "elastic" if name == whole else "fixed"
-                correct[kind, rate, seed] = _correct(model.set_rate(rate), data, run.batch_size)
-    for rate in rates:
-        elastic, fixed = ([correct[kind, rate, seed] for seed in range(options.seeds)] for kind in ("elastic", "fixed"))
-        rows.append({"rate": rate, **_compared(elastic, fixed)})
+        for kind, rate, scored in planned:
+            print(f"seed {seed}, {kind}, rate {rate}", file=sys.stderr, flush=True)
+            build = resampled_model if kind == "resampled" else new_model
+            for each, values in outcomes(options.run(rate, seed, kind), scored, build).items():
+                right.setdefault((kind, each), []).append(values)
+    rows = []
+    for kind in options.kinds:
+        for at in rates:
+            found = paired_difference(right[kind, at], right["fixed", at])
+            rows.append({"kind": kind, "rate": at, **found.points(), "images": len(right[kind, at][0])})
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
-    here = environment()
     settings = {name: value for name, value in asdict(options).items() if name not in ("runs", "output")}
-    write_json(options.output, {"options": settings, "rows": rows, "environment": here})
-    print(f"written to {options.output} (percentage points, {options.seeds} seeds, 95 % interval of elastic - fixed)")
+    for name in ("data", "checkpoint"):  # the record names what was read, not where it lay
+        settings[name] = settings[name] and Path(settings[name]).name
+    write_json(options.output, {"options": settings, "rows": rows, "environment": environment(device)})
+    print(f"written to {options.output} (percentage points, {options.seeds} seeds; ours: elastic, theirs: one rate)")
     return 0
 
 
-def _trained(options: StudyOptions, rate: str, seed: int, folder: Path) -> tuple[Any, Any, RunOptions]:
-    from pyra.tasks.evaluation import data_for, task_of_run
-    from pyra.tasks.runs import load_run
-    from pyra.tasks.training import train
-
-    elastic = ":" in rate
-    if not (folder / "result.json").is_file():
-        train(
-            RunOptions(
-                backbone=options.backbone,
-                checkpoint=options.checkpoint,
-                image_size=options.image_size,
-                task=options.task,
-                data=options.data,
-                method=options.method,
-                rate=rate,
-                elastic=elastic,
-                distill=elastic and options.distill,
-                rank=options.rank,
-                targets=options.targets,
-                dropout=0.0,
-                drop_path=0.0,
-                epochs=options.epochs,
-                batch_size=options.batch_size,
-                lr=options.lr,
-                reactivation_lr=options.reactivation_lr,
-                seed=seed,
-                output=str(folder),
-            )
-        )
-    model, run, labels = load_run(folder)
-    return model, data_for(model, task_of_run(folder, run, labels), "test"), run
-
-
-def _correct(model: Any, data: Any, batch_size: int) -> Any:
-    """Return which test images are classified right, one number an image."""
+def resampled_model(options: RunOptions, num_classes: int) -> nn.Module:
+    """Make a model whose re-activation weights are stretched over the pairs of the moment, linearly."""
     import torch
-    from torch.utils.data import DataLoader
+    from torch.nn import functional as F
+    from torch.nn.utils import parametrize
 
-    found = []
-    with torch.inference_mode():
-        for batch in DataLoader(data, batch_size=4 * batch_size):
-            found.append(model(batch["pixel_values"]).argmax(-1) == batch["labels"])
-    return torch.cat(found).float().numpy()
+    from pyra.backbones.layers import merging_layers
+    from pyra.tasks.runs import new_model
 
+    class Stretched(torch.nn.Module):
+        def __init__(self, layer: MergingLayer) -> None:
+            super().__init__()
+            self.layer = (layer,)  # in a tuple: no child
 
-def _compared(elastic: list[Any], fixed: list[Any]) -> dict[str, float]:
-    """Means in percentage points, and the paired difference with its bootstrap interval over images and seeds."""
-    import numpy as np
+        def forward(self, weight: Tensor) -> Tensor:
+            pairs = self.layer[0].step.removed
+            if not pairs:
+                return weight
+            return F.interpolate(weight.T[None], size=pairs, mode="linear", align_corners=True)[0].T
 
-    ours, theirs = np.stack(elastic), np.stack(fixed)
-    difference, random = ours - theirs, np.random.default_rng(0)
-    seeds, images = difference.shape
-    draws = [
-        difference[random.integers(seeds, size=seeds)][:, random.integers(images, size=images)].mean()
-        for _ in range(DRAWS)
-    ]
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return {
-        "elastic": 100 * float(ours.mean()),
-        "fixed": 100 * float(theirs.mean()),
-        "difference": 100 * float(difference.mean()),
-        "low": 100 * float(low),
-        "high": 100 * float(high),
-        "spread of elastic": 100 * float(ours.mean(1).std(ddof=1)) if seeds > 1 else 0.0,
-        "spread of fixed": 100 * float(theirs.mean(1).std(ddof=1)) if seeds > 1 else 0.0,
-        "test images": images,
-    }
+    model = new_model(options, num_classes)
+    for layer in merging_layers(model):
+        if hasattr(layer, "reactivation"):
+            wrapper: Any = layer.reactivation
+            active = wrapper.modules_to_save[wrapper.active_adapters[0]]
+            parametrize.register_parametrization(active, "pair_weight", Stretched(layer), unsafe=True)  # of other shape
+    return model
 
 
 if __name__ == "__main__":
