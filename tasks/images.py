@@ -84,6 +84,9 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         skip_broken: leave unreadable images out and list them in ``broken``.
         name: what errors and the progress bar call this data set.
 
+    Attributes:
+        pixels: uint8 [images, 3, S, S], or None above :data:`MEMORY_LIMIT`.
+
     Raises:
         DataError: an image cannot be read and ``skip_broken`` is off, or no image of a class is left.
         ConfigError: unknown ``interpolation``, or an ``image_size`` below 1.
@@ -113,9 +116,9 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
         self._rows = rows
-        self._pixels: torch.Tensor | None = None
+        self.pixels: torch.Tensor | None = None
         if len(rows) * 3 * image_size**2 <= MEMORY_LIMIT:
-            self._pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
+            self.pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
         self._keep(self._decode_all(name), skip_broken, name)
         self.labels: list[int] = self._rows["label"][:]
 
@@ -123,7 +126,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = self._squash(self.image(index)) if self._pixels is None else self._pixels[index]
+        pixels = self._squash(self.image(index)) if self.pixels is None else self.pixels[index]
         normalised = pixels.float().div_(255).sub_(self._mean).div_(self._std)
         return {"pixel_values": normalised, "labels": self.labels[index]}
 
@@ -154,8 +157,8 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
                     broken[index] = unreadable(error)
                 else:
-                    if self._pixels is not None:
-                        self._pixels[index] = pixels
+                    if self.pixels is not None:
+                        self.pixels[index] = pixels
             return len(chunk)
 
         count = len(self._rows)
@@ -193,5 +196,5 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 f"{self.broken[0]}; a class that is left out would make the others look better"
             )
         self._rows = self._rows.select(good)
-        if self._pixels is not None:
-            self._pixels = self._pixels[good]
+        if self.pixels is not None:
+            self.pixels = self.pixels[good]

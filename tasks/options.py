@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pyra.adapters.methods import peft_config
+from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import type_problems
@@ -14,10 +14,9 @@ from pyra.records import type_problems
 METHODS = {
     "linear": "train a new head on the frozen backbone",
     "full": "train all weights",
-    "lora": "LoRA",
-    "adapter": "bottleneck adapter after each MLP",
-    "tome": "LoRA, tokens merged",
-    "pyra": "LoRA, tokens merged and re-activated",
+    **PEFT_METHODS,
+    "tome": "tokens merged, beside --peft",
+    "pyra": "tokens merged and re-activated, beside --peft",
 }
 MERGING = ("tome", "pyra")
 DEVICES = r"auto|cpu|cuda(:\d+)?"
@@ -40,6 +39,11 @@ class RunOptions:
     data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     method: str = option("pyra", "how to adapt", choices=tuple(METHODS))
+    peft: str | None = option(
+        None,
+        "PEFT method that tome and pyra train beside the merging ('lora' unless given)",
+        choices=tuple(PEFT_METHODS),
+    )
     rate: float | str | None = option(
         None, "share of the MACs to save by merging tokens, in [0, 1); with --elastic a range such as 0.3:0.8"
     )
@@ -47,9 +51,12 @@ class RunOptions:
         None, "tokens removed in each block, instead of --rate: 16,16,16,..."
     )
     elastic: bool = option(False, "train one adapter for every rate of the range")
+    scaled_gates: bool = option(False, "divide the sum that gates the channels by the root of its pairs (pyra)")
     distill: bool = option(False, "let compressed passes learn from the uncompressed one, too (with --elastic)")
-    rank: int = option(8, "rank of LoRA, width of the bottleneck adapter")
-    targets: str = option("qkv", "modules that LoRA adapts, such as qkv,proj,fc1,fc2")
+    rank: int = option(8, "rank of LoRA and its kin, width of a bottleneck, number of prompts")
+    targets: str = option(
+        "qkv", "modules that LoRA and its kin adapt, such as qkv,proj,fc1,fc2 (the others have their own places)"
+    )
     dropout: float = option(0.1, "dropout in the adapter")
     drop_path: float = option(0.1, "stochastic depth rate of the backbone")
     epochs: float = option(10.0, "passes over the training images (the paper: 100)")
@@ -81,9 +88,10 @@ class RunOptions:
             )
         for checked in fields(self):
             allowed = checked.metadata.get("choices")
-            if allowed and checked.name != "method" and getattr(self, checked.name) not in allowed:
-                value = getattr(self, checked.name)
-                problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {value!r}")
+            value = getattr(self, checked.name)
+            if allowed and checked.name != "method" and value not in (*allowed, checked.default):
+                close = did_you_mean(str(value), allowed)
+                problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {value!r}{close}")
         if not self.output.strip():
             problems.append("--output is empty; give a folder")
         given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
@@ -91,6 +99,10 @@ class RunOptions:
             problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
         if self.method not in MERGING and given:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
+        if self.method not in MERGING and self.peft is not None:
+            problems.append(f"--peft goes with --method tome or pyra; without merging give --method {self.peft}")
+        if self.scaled_gates and self.method != "pyra":
+            problems.append("--scaled-gates goes with --method pyra")
         of_rates = self._rate_problems()
         problems += of_rates
         for name in ("rank", "epochs", "batch_size", "lr"):
@@ -126,6 +138,7 @@ class RunOptions:
             rate_range=rates if self.elastic else None,
             schedule=self.schedule,
             reactivation=self.method == "pyra",
+            scaled_gates=self.scaled_gates,
         )
 
     def rates(self) -> list[float]:
@@ -155,8 +168,12 @@ class RunOptions:
 
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
-        if self.method in ("lora", *MERGING):
-            return peft_config("lora", self.rank, self.dropout, [name.strip() for name in self.targets.split(",")])
-        if self.method == "adapter":
-            return peft_config("bottleneck", self.rank, self.dropout)
-        return None
+        name = (self.peft or "lora") if self.method in MERGING else self.method
+        if name not in PEFT_METHODS:
+            return None
+        return peft_config(name, self.rank, self.dropout, [target.strip() for target in self.targets.split(",")])
+
+    @property
+    def label(self) -> str:
+        """What tables call the method: ``pyra``, or ``pyra+dora`` beside another PEFT method than LoRA."""
+        return f"{self.method}+{self.peft}" if self.peft not in (None, "lora") else self.method

@@ -29,7 +29,10 @@ FILE = "outcomes.json"
 
 
 def outcomes(
-    options: RunOptions, rates: Sequence[float], build: Callable[[RunOptions, int], nn.Module] = new_model
+    options: RunOptions,
+    rates: Sequence[float],
+    build: Callable[[RunOptions, int], nn.Module] = new_model,
+    view: Callable[[ImageDataset], ImageDataset] | None = None,
 ) -> dict[float, Right]:
     """Train as the options say, fold, and return which test images are classified right at each rate.
 
@@ -39,6 +42,7 @@ def outcomes(
         options: of the run.
         rates: to score at; none scores once, as trained, under the key 0.0.
         build: makes the adapted model for a number of classes.
+        view: changes the test images before they are scored.
 
     Raises:
         DataError: where the folder holds the outcomes of other options or rates.
@@ -56,6 +60,7 @@ def outcomes(
     task = load_task(options.task, options.data)
     model = build(options, len(task.labels))
     train_data, test_data = splits(options, task, model)
+    test_data = test_data if view is None else view(test_data)
     fit(model, train_data, options, folder, device)
     folded = fold_adapter(model.eval()).to(device)
     found = {}

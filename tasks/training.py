@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from pyra.adapters import fold_adapter, save_adapter
+from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
 from pyra.adapters.recipe import parameter_groups
 from pyra.backbones import set_rate
@@ -46,6 +47,7 @@ class ImageTrainer(Trainer):
 
     sampler: RateSampler | None = None
     distill: bool = False
+    ranks: RankAllocation | None = None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -66,7 +68,22 @@ class ImageTrainer(Trainer):
             loss = F.cross_entropy(logits, inputs["labels"])
         if teacher is not None:
             loss = loss + distillation_loss(logits, teacher)
+        if self.ranks is not None:
+            loss = loss + self.ranks.penalty()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class MovingRanks(TrainerCallback):
+    """AdaLoRA's ranks move after each optimiser step."""
+
+    def __init__(self, ranks: RankAllocation) -> None:
+        self.ranks = ranks
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move them while the gradients are there."""
+        self.ranks.update(state.global_step + 1)
 
 
 class ProgressBar(TrainerCallback):
@@ -163,13 +180,13 @@ def run(
         batch_size=options.batch_size,
         device=device,
         dtype=DTYPES[options.dtype],
-        description=f"{options.method}: test",
+        description=f"{options.label}: test",
     )
     batch = torch.stack([test_data[i]["pixel_values"] for i in range(min(options.batch_size, len(test_data)))])
     measured = measure(folded, batch.to(device))
     result = RunResult(
         task=task.name,
-        method=options.method,
+        method=options.label,
         metric=task.metric,
         value=value,
         trained_parameters=trained,
@@ -236,7 +253,11 @@ def fit(model: nn.Module, data: ImageDataset, options: RunOptions, folder: Path,
         trainer.sampler, trainer.distill = RateSampler(options.rates(), seed=options.seed), options.distill
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar(f"{options.method}: training"))
+    trainer.add_callback(ProgressBar(f"{options.label}: training"))
+    steps = math.ceil(options.epochs * len(trainer.get_train_dataloader()))
+    trainer.ranks = RankAllocation.of(trained, steps)
+    if trainer.ranks is not None:
+        trainer.add_callback(MovingRanks(trainer.ranks))
     trainer.train()
     if options.elastic:
         set_rate(model, options.rates()[-1])

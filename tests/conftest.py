@@ -42,3 +42,9 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real assets: {folder} is not a folder; set PYRA_ASSETS")
     return folder
+
+
+@pytest.fixture
+def no_cuda_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BOFT would build one in the home folder, wherever it finds a compiler; without it every machine runs the same."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)

@@ -60,10 +60,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_cuda_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BOFT would build one in the home folder, wherever it finds a compiler; without it every machine runs the same."""
-    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+pytestmark = pytest.mark.usefixtures("no_cuda_extension")
 
 
 def decoder(**options: object) -> nn.Module:

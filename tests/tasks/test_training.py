@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pyra.adapters.adalora import RankAllocation
+from pyra.adapters.methods import PEFT_METHODS
 from pyra.backbones.loading import create_backbone
 from pyra.errors import (
     CheckpointError,
@@ -26,6 +28,8 @@ from pyra.tasks.options import METHODS, RunOptions
 from pyra.tasks.results import read_result
 from pyra.tasks.runs import load_run, new_model
 from pyra.tasks.training import ImageTrainer, train
+
+pytestmark = pytest.mark.usefixtures("no_cuda_extension")
 
 
 def options(backbone: Path, output: Path, **changes: Any) -> RunOptions:
@@ -58,6 +62,35 @@ def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> N
     model, _, labels = load_run(tmp_path / "run")
     assert len(labels) == 10
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("peft", PEFT_METHODS)
+def test_every_peft_method_trains_beside_merging(peft: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    result = train(options(tiny_backbone, tmp_path / "run", peft=peft))
+    assert result.method == ("pyra" if peft == "lora" else f"pyra+{peft}")
+    assert result.rate > 0.49
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    own = [key for key in stored if "reactivation" not in key and "head" not in key]
+    assert own and any("reactivation" in key for key in stored)
+    assert evaluate_run(tmp_path / "run", device="cpu").value == pytest.approx(result.value)
+
+
+def test_ranks_of_adalora_reach_their_target(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    penalties, plain = [], RankAllocation.penalty
+
+    def watched(self: RankAllocation) -> Any:
+        penalties.append(plain(self))
+        return penalties[-1]
+
+    monkeypatch.setattr(RankAllocation, "penalty", watched)
+    train(options(tiny_backbone, tmp_path / "run", peft="adalora", epochs=6, rank=4, targets="qkv,proj,fc1,fc2"))
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    kept = config["rank_pattern"].values()
+    assert config["total_step"] == len(penalties) == 30
+    assert sum(map(sum, kept)) == 4 * len(kept) and len(set(map(sum, kept))) > 1, "ranks differ between modules"
+    assert all(penalty > 0 and penalty.requires_grad for penalty in penalties)
 
 
 def test_same_seed_same_weights(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -127,6 +160,9 @@ def test_an_earlier_run_is_kept(tiny_backbone: Path, tmp_path: Path) -> None:
             "relative position bias",
         ),
         ({"device": "cuda:99"}, ConfigError, "cuda:99 was asked for"),
+        ({"peft": "lorra"}, ConfigError, "did you mean 'lora'"),
+        ({"peft": "dora", "method": "lora"}, ConfigError, "without merging give --method dora"),
+        ({"method": "tome", "scaled_gates": True}, ConfigError, "--scaled-gates goes with --method pyra"),
         ({"dtype": "int8"}, ConfigError, "--dtype must be one of float32"),
     ],
 )
