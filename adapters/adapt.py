@@ -8,6 +8,7 @@ from peft import BOFTConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights, remember_start
@@ -107,6 +108,7 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     ):  # without its CUDA extension peft makes less than was asked for, and does not say
         made = next(module for name, module in adapted.named_modules() if name.endswith(".boft_R"))
         config.boft_n_butterfly_factor = len(next(made.parameters()))
+    saving_merging(adapted)
     if changes_weights(config):
         remember_start(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))
     return adapted
@@ -123,6 +125,7 @@ def is_image_model(model: nn.Module) -> bool:
 
 def carry_reactivation(model: PeftModel) -> None:
     """Have PEFT train, save and switch re-activation modules that came after it, with the adapter that is active."""
+    saving_merging(model)
     name = model.active_adapter
     config = model.peft_config[name]
     for parent in list(model.modules()):

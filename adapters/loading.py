@@ -11,6 +11,8 @@ from torch import nn
 from pyra.adapters.adapt import carry_reactivation
 from pyra.adapters.fit import check_backbone, check_fit
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
+from pyra.adapters.hub import local_folder
+from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights
@@ -21,7 +23,7 @@ from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, PyraError, ScheduleError
 
 
-def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(base: nn.Module, folder: str | Path, *, revision: str | None = None) -> nn.Module:
     """Attach a saved adapter to a fresh backbone of the same width and depth.
 
     Merging, PEFT layers, re-activation weights and head are restored. The backbone may have another token count: a
@@ -30,7 +32,9 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
 
     Args:
         base: the backbone with its pretrained weights and a head of the right size (changed in place).
-        folder: written by :func:`pyra.adapters.save_adapter`, or by stock peft.
+        folder: written by :func:`pyra.adapters.save_adapter`, by ``save_pretrained`` or by stock peft; or
+            ``"owner/name"`` on the hub, of which weights and configuration are fetched, no code.
+        revision: branch, tag or commit on the hub.
 
     Returns:
         The model as :func:`pyra.adapters.adapt` returns it, in evaluation mode.
@@ -50,7 +54,7 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
             "this model already carries an adapter: give load_adapter the backbone, or fold_adapter first"
         )
     try:
-        stored = read_adapter(folder)
+        stored = read_adapter(local_folder(folder, revision))
         starts_anew = stored.peft is not None and changes_weights(stored.peft)  # PiSSA and the like, by stock peft
         with unchanged_on_error(base, altered=[base] if starts_anew else []):
             return _attach(base, stored).eval()
@@ -78,6 +82,7 @@ def _attach(base: nn.Module, stored: StoredAdapter) -> nn.Module:
         raise
     except Exception as error:  # the file may ask for anything, and peft raises what comes up
         raise CheckpointError(f"{stored.folder} does not fit this backbone: {one_line(error)}") from None
+    saving_merging(model)
     if stored.pyra is not None and prompted:
         _merge(base, stored, stored.pyra)
         carry_reactivation(model)

@@ -25,8 +25,8 @@ from pyra.files import write_json, write_text
 def save_adapter(model: nn.Module, folder: str | Path, card: CardInfo | None = None) -> None:
     """Write everything that was trained to ``folder``.
 
-    Each file is replaced atomically, and what an older adapter left is removed last. The PEFT files are those of
-    ``PeftModel.save_pretrained``; the model card is pyra's own, and takes the place of an earlier one of pyra alone: a
+    Each file is replaced atomically, and what an older adapter left is removed last. The other files are those of
+    ``model.save_pretrained``; the model card is pyra's own, and takes the place of an earlier one of pyra alone: a
     ``README.md`` that somebody wrote stays.
 
     Args:
@@ -56,9 +56,9 @@ def save_adapter(model: nn.Module, folder: str | Path, card: CardInfo | None = N
             trained |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
             kept = {k: v.contiguous() for k, v in model.state_dict().items() if k in trained}
             save_file(kept, written / WEIGHTS)
-        config = wrapped_config(model)
-        if config is not None:
-            write_json(written / PYRA_FILE, merging_record(config, wrapped_schedule(model)))
+            config = wrapped_config(model)
+            if config is not None:
+                write_json(written / PYRA_FILE, merging_record(config, wrapped_schedule(model)))
         state = load_file(written / WEIGHTS)
         problems = value_problems({key: tensor for key, tensor in state.items() if tensor.is_floating_point()})
         if problems:

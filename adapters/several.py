@@ -14,6 +14,7 @@ from pyra.adapters.adapt import carry_reactivation
 from pyra.adapters.bottleneck import BottleneckConfig
 from pyra.adapters.fit import check_backbone, check_fit
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
+from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights
@@ -126,6 +127,19 @@ def settle(model: nn.Module) -> None:
         _apply(model, model.active_adapter)
 
 
+def merging_of(model: PeftModel, name: str) -> tuple[PyraConfig | None, list[int] | None]:
+    """Return what merges with one of the adapters of a model that is settled, and its schedule.
+
+    None where the model merges nothing with any; re-activation weights that nothing reads may belong to an adapter
+    beside others, whose configuration then says that it merges nothing.
+    """
+    active = wrapped_config(model)
+    if name == model.active_adapter or active is None:
+        return active, wrapped_schedule(model)
+    config, schedule = _states(model).get(name, (None, None))
+    return (_STILL, [0] * geometry(model).depth) if config is None else (config, schedule)
+
+
 def _apply(model: PeftModel, name: str) -> None:
     config, schedule = _states(model).get(name, (None, None))
     if config is not None and schedule is not None:
@@ -179,6 +193,7 @@ def _add(model: PeftModel, stored: StoredAdapter, name: str) -> None:
     # Layers that merge with another adapter alone have re-activation weights here that nothing reads.
     check_fit(base, own, stored, {key for key in own if f".{REACTIVATION}." not in key or key in stored.weights})
     set_peft_model_state_dict(model, own | stored.weights, adapter_name=name)
+    saving_merging(model)
     states = _states(model)
     states[name] = (wrapped_config(model), wrapped_schedule(model)) if stored.pyra is not None else (None, None)
     states[active] = before

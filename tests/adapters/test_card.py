@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from pyra import PyraConfig
 from pyra.adapters import BottleneckConfig, CardInfo, adapt, load_adapter, push_adapter, save_adapter
-from pyra.errors import ConfigError, OutputError
+from pyra.errors import CheckpointError, ConfigError, OutputError
 
 
 def lora(**options: Any) -> nn.Module:
@@ -211,3 +212,47 @@ def test_a_rate_is_told_as_the_macs_it_saves(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     share = float(card.partition("% fewer MACs")[0].rpartition(" ")[2])
     assert 40 <= share < 42
+
+
+def test_push_to_hub_is_that_of_peft_and_says_what_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pushed = lora(), tmp_path / "pushed"
+
+    def upload(_: Any, folder: str, repo_id: str, **call: Any) -> str:
+        assert repo_id == "me/mine" and call["commit_message"] == "First"
+        shutil.copytree(folder, pushed)
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **k: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard("# mine"))
+    monkeypatch.setattr(peft.PeftModel, "_upload_modified_files", upload)
+    assert model.push_to_hub("me/mine", commit_message="First") == "https://hub/commit/1"
+    save_adapter(model, tmp_path / "saved")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "pyra_config.json"):
+        assert (pushed / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_an_adapter_comes_from_the_hub_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora()
+    save_adapter(model, tmp_path / "hub")
+
+    def fetch(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("me/mine", "dev")
+        assert all(pattern.endswith((".safetensors", ".json")) for pattern in allow_patterns)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("pyra.adapters.hub.snapshot_download", fetch)
+    with torch.no_grad():
+        expected = result(run(model.eval(), images()))
+        loaded = result(run(load_adapter(build("timm-vit"), "me/mine", revision="dev"), images()))
+    torch.testing.assert_close(loaded, expected)
+
+
+def test_a_name_that_the_hub_does_not_know_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise HfHubHTTPError("401 Client Error: Repository Not Found", response=MagicMock())
+
+    monkeypatch.setattr("pyra.adapters.hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"me/mine is no folder here.*Repository Not Found"):
+        load_adapter(build("timm-vit"), "me/mine")
+    with pytest.raises(CheckpointError, match=r"no adapter_model.safetensors there"):
+        load_adapter(build("timm-vit"), "./me/mine")
