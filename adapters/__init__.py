@@ -7,6 +7,7 @@ from pyra.adapters.fold import fold_adapter
 from pyra.adapters.hub import push_adapter
 from pyra.adapters.loading import load_adapter
 from pyra.adapters.prompts import VisualPromptsConfig
+from pyra.adapters.quantised import quantize_backbone
 from pyra.adapters.recipe import Recipe, paper_recipe
 from pyra.adapters.saving import save_adapter
 from pyra.adapters.several import add_adapter, switch_adapter
@@ -22,6 +23,7 @@ __all__ = [
     "load_adapter",
     "paper_recipe",
     "push_adapter",
+    "quantize_backbone",
     "save_adapter",
     "switch_adapter",
 ]

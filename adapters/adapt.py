@@ -70,6 +70,7 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
 
 def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     trained = trained_modules(model)
+    _refuse_whole_numbers(model, trained)
     if peft is None:
         model.requires_grad_(False)
         for name, module in model.named_modules():
@@ -112,6 +113,16 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
     if changes_weights(config):
         remember_start(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))
     return adapted
+
+
+def _refuse_whole_numbers(model: nn.Module, trained: list[str]) -> None:
+    modules = dict(model.named_modules())
+    fixed = [name for name in trained if any(not p.is_floating_point() for p in modules[name].parameters())]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} is quantised and cannot train: load the model with llm_int8_skip_modules={fixed} in "
+            "its BitsAndBytesConfig"
+        )
 
 
 def is_image_model(model: nn.Module) -> bool:
