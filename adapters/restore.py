@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +44,7 @@ def _tensors(module: nn.Module) -> tuple[Tensor, ...]:
 def _attributes(module: nn.Module) -> list[tuple[str, Any, Any]]:
     """Name, value, and what the value holds where it is a dictionary, a set or a list."""
     return [
-        (name, value, copy.copy(value) if isinstance(value, (dict, set, list)) else None)
+        (name, value, (value.copy() if value else ()) if isinstance(value, (dict, set, list)) else None)
         for name, value in module.__dict__.items()
     ]
 

@@ -107,13 +107,16 @@ def switch_adapter(model: nn.Module, name: str) -> nn.Module:
         raise ConfigError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}")
     assert isinstance(model, PeftModel)
     settle(model)
-    states, trains = _states(model), any(parameter.requires_grad for parameter in model.parameters())
-    states[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
-    model.set_adapter(name)
-    if not trains:
-        model.requires_grad_(False)
+    _states(model)[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
+    model.set_adapter(name, inference_mode=not _trains(model))
     _apply(model, name)
     return model
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether any parameter requires a gradient; ``parameters()`` takes ten times as long, as it looks for twins."""
+    own = any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+    return own or any(child is not None and _trains(child) for child in module._modules.values())
 
 
 def settle(model: nn.Module) -> None:

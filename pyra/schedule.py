@@ -12,6 +12,7 @@ The published schedules are those of three models; :func:`preset_for` stretches 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -192,8 +193,13 @@ def solve_schedule(geometry: Geometry, rate: float | None = None, macs: int | No
         if not isinstance(macs, Real) or not 0 < macs < float("inf"):
             raise ScheduleError(f"macs must be a positive number, got {macs!r}")
         target = float(macs)
+    return list(_solved(geometry, target, plain))
+
+
+@functools.lru_cache(maxsize=1024)  # adapters that are switched and loaded on one backbone ask the same again
+def _solved(geometry: Geometry, target: float, plain: int) -> tuple[int, ...]:
     if target >= plain:
-        return [0] * geometry.depth
+        return (0,) * geometry.depth
 
     smallest = geometry_macs(geometry, _schedule(geometry, 3.0))
     if smallest > target:
@@ -209,7 +215,7 @@ def solve_schedule(geometry: Geometry, rate: float | None = None, macs: int | No
         middle = (low + high) / 2
         enough = geometry_macs(geometry, _schedule(geometry, middle)) <= target
         low, high = (low, middle) if enough else (middle, high)
-    return _schedule(geometry, high)
+    return tuple(_schedule(geometry, high))
 
 
 def _schedule(geometry: Geometry, pressure: float) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Iterable
 from types import ModuleType
@@ -364,10 +365,18 @@ def _family(core: nn.Module) -> ModuleType | None:
 
 
 def _tied_to_a_grid(core: nn.Module) -> str | None:
-    names = [name for name, _ in (*core.named_parameters(), *core.named_buffers())]
-    if any("relative_position" in name or "rel_pos" in name for name in names):
-        return "its attention adds a relative position bias for each pair of grid positions, which a merged token lacks"
-    windows = (hasattr(module, "window_size") or getattr(module, "num_windows", 1) > 1 for module in core.modules())
-    if any(windows):
-        return "it attends within windows of a fixed grid, which merged tokens no longer form"
-    return None
+    windows = False
+    for module in core.modules():
+        names = [*module._parameters, *module._buffers]
+        names += [name for name, child in module.named_children() if _POSITIONS.search(name) and _has_tensors(child)]
+        if any(map(_POSITIONS.search, names)):
+            return "its attention adds a relative position bias for each pair of positions, which a merged token lacks"
+        windows = windows or hasattr(module, "window_size") or getattr(module, "num_windows", 1) > 1
+    return "it attends within windows of a fixed grid, which merged tokens no longer form" if windows else None
+
+
+_POSITIONS = re.compile("relative_position|rel_pos")
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())

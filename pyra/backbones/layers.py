@@ -393,5 +393,9 @@ def linear_macs(module: Any) -> int:
 
 
 def merging_layers(model: nn.Module) -> Iterator[MergingLayer]:
-    """Yield the layers of a wrapped model that stand in for its own, in order."""
-    yield from (module for module in model.modules() if isinstance(module, MergingLayer))
+    """Yield the layers of a wrapped model that stand in for its own, in order; what lies in them is not walked."""
+    if isinstance(model, MergingLayer):
+        yield model
+        return
+    for child in model.children():
+        yield from merging_layers(child)
