@@ -1,4 +1,4 @@
-"""``pyra benchmark``: speed and memory against the unwrapped model, or of the kernels against plain PyTorch."""
+"""``pyra benchmark``: whole models against the unwrapped ones, kernels against plain PyTorch, adapters against PEFT."""
 
 from __future__ import annotations
 
@@ -56,13 +56,28 @@ class KernelOptions:
     output: str = option("benchmark-kernels.json", "file to write the rows to")
 
 
+@dataclass(kw_only=True)
+class AdapterOptions:
+    """Options of ``pyra benchmark adapters``."""
+
+    backbone: str = option("vit_base_patch16_224", "timm name")
+    image_size: int | None = option(None, "image side in pixels; the model's own by default")
+    device: str = option("cpu", "cpu, cuda or cuda:NUMBER")
+    dtype: Dtype = option("float32", "of weights and images")  # noqa: RUF009 - a dataclass field
+    batch_size: int = option(16, "images a training step")
+    rounds: int = option(5, "timed turns of each; the median counts")
+    threads: int | None = option(None, "CPU threads; all by default")
+    output: str = option("benchmark-adapters.json", "file to write the rows to")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``model`` (also without a word) or ``kernels``; print a table and write the rows."""
+    """Run ``model`` (also without a word), ``kernels`` or ``adapters``; print a table and write the rows."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     what = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "model"
-    if what not in ("model", "kernels"):
-        raise ConfigError(f"pyra benchmark measures 'model' or 'kernels', not {what!r}")
-    return _kernels(arguments) if what == "kernels" else _model(arguments)
+    stages = {"model": _model, "kernels": _kernels, "adapters": _adapters}
+    if what not in stages:
+        raise ConfigError(f"pyra benchmark measures 'model', 'kernels' or 'adapters', not {what!r}")
+    return stages[what](arguments)
 
 
 def _model(arguments: Sequence[str]) -> int:
@@ -72,7 +87,7 @@ def _model(arguments: Sequence[str]) -> int:
         prog="pyra benchmark model",
         description=(
             "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
-            "merging step alone."
+            "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training."
         ),
         example=(
             "pyra benchmark model --backbone vit_base_patch16_224 --batch-size 16\n"
@@ -98,11 +113,7 @@ def _model(arguments: Sequence[str]) -> int:
         stages += [("compiled forward", compiled), ("compile time", lambda: compile_rows(subject, options.batch_size))]
     if options.training:
         stages.append(("training", lambda: training_rows(subject, options.train_batch_size, options.train_rounds)))
-    rows = []
-    for number, (name, stage) in enumerate(stages, start=1):
-        print(f"[{number}/{len(stages)}] {name}", file=sys.stderr, flush=True)
-        rows += stage()
-    return _finish(rows, options)
+    return _finish(_run(stages), options)
 
 
 def _kernels(arguments: Sequence[str]) -> int:
@@ -143,6 +154,41 @@ def _kernels(arguments: Sequence[str]) -> int:
         dtype = getattr(torch, options.dtype)
         rows += kernels.rows_of(shape, batch, device, dtype, options.rounds, options.compile, bandwidth)
     return _finish(rows, options)
+
+
+def _adapters(arguments: Sequence[str]) -> int:
+    options = parse(
+        AdapterOptions,
+        arguments,
+        prog="pyra benchmark adapters",
+        description=(
+            "Time loading and switching adapters against PEFT's own ('/ peft': how many times faster), and training\n"
+            "steps at rates from 0.3 to 0.8 against as many at the middle ('/ fixed-rate share': times as long)."
+        ),
+        example="pyra benchmark adapters --backbone vit_base_patch16_224",
+    )
+    _at_least_one(options, "batch_size", "rounds", "threads")
+    _can_be_written(options.output)
+    _start(options)
+    from pyra.tasks.benchmarks.adapters import elastic_rows, loading_rows, switching_rows
+    from pyra.tasks.benchmarks.subject import Subject
+
+    subject = Subject(options.backbone, options.image_size, options.device, options.dtype)
+    subject.shapes()  # says what cannot be before anything is timed
+    stages: list[tuple[str, Callable[[], list[Any]]]] = [
+        ("loading", lambda: loading_rows(subject, options.rounds)),
+        ("switching", lambda: switching_rows(subject, options.rounds)),
+        ("elastic training", lambda: elastic_rows(subject, options.batch_size, options.rounds)),
+    ]
+    return _finish(_run(stages), options)
+
+
+def _run(stages: Sequence[tuple[str, Callable[[], list[Any]]]]) -> list[Any]:
+    rows = []
+    for number, (name, stage) in enumerate(stages, start=1):
+        print(f"[{number}/{len(stages)}] {name}", file=sys.stderr, flush=True)
+        rows += stage()
+    return rows
 
 
 def _at_least_one(options: Any, *names: str) -> None:

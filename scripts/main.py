@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         known = [*VERBS, "--help", "--version"]
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, known)}; verbs are {', '.join(VERBS)}")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, it gives advice when imported
     return int(importlib.import_module(VERBS[verb][0]).main(rest))
 
 

@@ -9,13 +9,17 @@ from pyra.scripts.cli import parse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
-    from pyra.tasks.options import RunOptions
+    from pyra.tasks.options import METHODS, RunOptions
 
+    listed = "\n".join(f"  {name:<17}{text}" for name, text in METHODS.items())
     options = parse(
         RunOptions,
         argv,
         prog="pyra train",
-        description="Adapt a backbone to a task, save the run, score it on the test split and time it.",
+        description=(
+            "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
+            f"methods (all but linear, full, tome and pyra are names for --peft, too):\n{listed}"
+        ),
         example="pyra train --task demo --method pyra --rate 0.7 --output runs/a",
     )
     from pyra.tasks.quiet import quiet_libraries

@@ -38,11 +38,12 @@ class RunOptions:
     task: str | None = option(None, "a shipped task by name ('demo' unless --data is given)")
     data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
-    method: str = option("pyra", "how to adapt", choices=tuple(METHODS))
+    method: str = option("pyra", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     peft: str | None = option(
         None,
         "PEFT method that tome and pyra train beside the merging ('lora' unless given)",
         choices=tuple(PEFT_METHODS),
+        metavar="NAME",
     )
     rate: float | str | None = option(
         None, "share of the MACs to save by merging tokens, in [0, 1); with --elastic a range such as 0.3:0.8"

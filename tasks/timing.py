@@ -67,7 +67,7 @@ def spreads(
             took = run(job)
             if turn >= warmup:
                 times[name].append(took)
-    return {name: _spread(values) for name, values in times.items()}
+    return {name: spread_of(values) for name, values in times.items()}
 
 
 def forward(model: nn.Module, images: Tensor) -> Job:
@@ -101,7 +101,8 @@ def _on_a_gpu(device: torch.device) -> Callable[[Job], float]:
     return run
 
 
-def _spread(values: list[float]) -> Spread:
+def spread_of(values: list[float]) -> Spread:
+    """Return the quantiles of the seconds of several turns."""
     if len(values) == 1:
         return Spread(*values * 3)
     p20, p80 = (statistics.quantiles(values, n=5, method="inclusive")[at] for at in (0, 3))

@@ -52,7 +52,7 @@ def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: boo
     floors = {level: macs(plain) / macs(models[level]) for level in LEVELS}
     if compiled:
         models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}  # type: ignore[misc]
-    images = _images(subject, batch_size)
+    images = photographs(subject, batch_size)
     took = spreads({name: forward(model, images) for name, model in models.items()}, rounds, 1, subject.device)
     rows = []
     for level, floor in floors.items():
@@ -81,7 +81,7 @@ def machinery_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
     """
     sizes, schedules = subject.shapes()
     device, dtype = torch.device(subject.device), getattr(torch, subject.dtype)
-    plain, images, jobs = subject.make().eval(), _images(subject, batch_size), {}
+    plain, images, jobs = subject.make().eval(), photographs(subject, batch_size), {}
     for layer, (tokens, removed) in enumerate(
         zip(token_counts(sizes, schedules["high"]), schedules["high"], strict=False)
     ):
@@ -209,7 +209,8 @@ def _kind(subject: Subject) -> str:
     return torch.device(subject.device).type
 
 
-def _images(subject: Subject, count: int) -> Tensor:
+def photographs(subject: Subject, count: int) -> Tensor:
+    """Return images of the demo task as a subject takes them, [count, 3, S, S]."""
     side = subject.side()
     data = image_dataset(
         load_task("demo"), "test", image_size=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), limit=count
@@ -221,7 +222,7 @@ def _images(subject: Subject, count: int) -> Tensor:
 def _training_step(subject: Subject, name: str, batch_size: int) -> Callable[[], None]:
     config = subject.merging("high") if name == "pyra" else None
     plain = subject.make()
-    images = _images(subject, batch_size)
+    images = photographs(subject, batch_size)
     model = adapt(plain, pyra=config, peft=peft_config("lora", 8)).train()
     labels = torch.arange(batch_size, device=images.device) % 100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -264,7 +265,7 @@ def _compile_seconds(subject: Subject, level: str, batch_size: int) -> float:
     """What the first compiled forward takes longer than the second."""
     torch.compiler.config.force_disable_caches = True
     model = subject.make().eval()
-    images = _images(subject, batch_size)
+    images = photographs(subject, batch_size)
     if level != "plain":
         wrap(model, subject.merging(level))
     compiled = torch.compile(model, fullgraph=True)

@@ -25,7 +25,7 @@ class Row:
         image_size: image side in pixels.
         batch_size: images.
         dtype: of the tensors.
-        unit: of the three quantiles: ``"us"``, ``"images/s"``, ``"s"``, ``"GB"``.
+        unit: of the three quantiles: ``"us"``, ``"ms"``, ``"images/s"``, ``"s"``, ``"GB"``.
         p20, p50, p80: quantiles of the repeats; equal where a quantity is measured once.
         ratios: how many times faster than something else in the same run, by its name; a name that ends in "share" is
             that share of the other's, lower is better.
