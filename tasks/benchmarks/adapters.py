@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 
@@ -109,9 +109,7 @@ def _row(
 
 def _adapted(subject: Subject, rate: float, rate_range: list[float] | None = None) -> nn.Module:
     config = PyraConfig(rate=rate, rate_range=rate_range, backend=subject.backend, attention=subject.attention)
-    peft = peft_config("lora", 8)
-    assert isinstance(peft, LoraConfig)
-    return adapt(subject.make(), pyra=config, peft=peft)
+    return adapt(subject.make(), pyra=config, peft=peft_config("lora", 8))
 
 
 def _three_steps(subject: Subject, batch_size: int, elastic: bool, distill: bool = False) -> Job:
