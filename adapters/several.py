@@ -87,7 +87,7 @@ def add_adapter(model: nn.Module, folder: str | Path, name: str) -> nn.Module:
 def switch_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make another adapter of a model the active one, with its re-activation weights, its head and its rate.
 
-    What :func:`pyra.set_rate` chose for an adapter is kept for it.
+    What :func:`pyra.set_rate` chose for an adapter is kept for it. After :func:`pyra.unwrap` none merges any more.
 
     Args:
         model: with adapters from :func:`add_adapter`.
@@ -107,7 +107,8 @@ def switch_adapter(model: nn.Module, name: str) -> nn.Module:
         raise ConfigError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}")
     assert isinstance(model, PeftModel)
     settle(model)
-    _states(model)[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
+    if wrapped_config(model) is not None:
+        _states(model)[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
     model.set_adapter(name, inference_mode=not _trains(model))
     _apply(model, name)
     return model
@@ -124,8 +125,11 @@ def settle(model: nn.Module) -> None:
     if not isinstance(model, PeftModel) or "pyra_adapters" not in model.__dict__:
         return
     states = _states(model)
-    for name in [name for name in states if name not in model.peft_config]:
+    gone = states if wrapped_config(model) is None else [name for name in states if name not in model.peft_config]
+    for name in list(gone):  # unwrapped, or deleted
         del states[name]
+    if wrapped_config(model) is None:
+        model.__dict__["pyra_active"] = model.active_adapter
     if model.__dict__.get("pyra_active") != model.active_adapter:
         _apply(model, model.active_adapter)
 

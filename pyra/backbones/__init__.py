@@ -76,11 +76,6 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     if _is_in_force(model, config) and wrapped_schedule(model) == schedule:
         return model
     grid = family.patch_grid(core)
-    drop = getattr(core, "patch_drop", None)  # an identity, or none, where patches are not dropped in training
-    if config.matching == "local" and (grid is None or type(drop) not in (type(None), nn.Identity)):
-        raise UnsupportedModelError(
-            f"{type(core).__name__} has its patches in no fixed order: matching='local' needs a grid; use another"
-        )
     pairs = most_removed(sizes, schedule, config)
     if any(pairs):
         _refuse_patched(family.layers(core))
@@ -190,8 +185,16 @@ def schedule_of(model: nn.Module, config: PyraConfig) -> list[int]:
 
     Raises:
         ScheduleError: where the schedule does not fit or the rate cannot be reached.
+        UnsupportedModelError: where the model's tokens cannot merge, or not so.
     """
-    sizes = geometry(model)
+    family, core = locate(model)
+    drop = getattr(core, "patch_drop", None)  # an identity, or none, where patches are not dropped in training
+    ordered = type(drop) in (type(None), nn.Identity)
+    if config.matching == "local" and (not ordered or family.patch_grid(core) is None):
+        raise UnsupportedModelError(
+            f"{type(core).__name__} has its patches in no fixed order: matching='local' needs a grid; use another"
+        )
+    sizes = family.geometry(core, None)
     schedule = list(config.schedule) if config.schedule is not None else solve_schedule(sizes, rate=config.rate)
     check_schedule(schedule, sizes)
     return schedule

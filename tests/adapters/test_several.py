@@ -13,7 +13,7 @@ from peft import LoHaConfig, LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra import PyraConfig
+from pyra import PyraConfig, unwrap
 from pyra.adapters import (
     VisualPromptsConfig,
     adapt,
@@ -24,7 +24,7 @@ from pyra.adapters import (
     switch_adapter,
 )
 from pyra.backbones import wrapped_schedule
-from pyra.errors import CheckpointError, ConfigError
+from pyra.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 FAMILY = "timm-vit"
 
@@ -220,3 +220,23 @@ def test_configurations_come_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, ConfigError)):
         add_adapter(model, loha, "loha")
     assert model.peft_config["default"].__dict__ == before
+
+
+def test_what_was_unwrapped_stays_so(tmp_path: Path) -> None:
+    """Each adapter computes then what it computes on a backbone that merges nothing."""
+    folders = {name: saved(tmp_path / name, CONFIGS[name], seed=i)[0] for i, name in enumerate(("slow", "fast"))}
+    model = add_adapter(load_adapter(build(FAMILY), folders["slow"]), folders["fast"], "fast")
+    unwrap(model)
+    for name, folder in (("fast", folders["fast"]), ("default", folders["slow"])):
+        switch_adapter(model, name)
+        assert wrapped_schedule(model) is None
+        torch.testing.assert_close(values(model), values(unwrap(load_adapter(build(FAMILY), folder))))
+
+
+def test_a_local_adapter_needs_a_grid_when_it_is_added_too(tmp_path: Path) -> None:
+    local = saved(tmp_path / "local", PyraConfig(rate=0.2, matching="local"))[0]
+    dropping = build(FAMILY, patch_drop_rate=0.25)
+    model = adapt(dropping, pyra=PyraConfig(rate=0.1), peft=LoraConfig(r=2))
+    with pytest.raises(UnsupportedModelError, match="matching='local' needs a grid"):
+        add_adapter(model, local, "local")
+    assert list(model.peft_config) == ["default"] and model.pyra_config.rate == 0.1
