@@ -8,6 +8,8 @@ import torch
 from peft import AdaLoraModel
 from torch import Tensor, nn
 
+from pyra.errors import ConfigError
+
 
 class RankAllocation:
     """The ranks of an adapted model over a training of known length, and the regularisation of its factors.
@@ -18,9 +20,14 @@ class RankAllocation:
     Args:
         model: adapted with AdaLoRA.
         steps: optimiser steps of the training.
+
+    Raises:
+        ConfigError: for fewer than two steps: there is nothing to allocate by.
     """
 
     def __init__(self, model: Any, steps: int) -> None:
+        if steps < 2:
+            raise ConfigError(f"AdaLoRA needs two training steps at least, this training has {steps}: train longer")
         self.tuner = model.base_model
         self.config = self.tuner.peft_config[self.tuner.trainable_adapter_name]
         self.config.tinit, self.config.tfinal = steps // 10, steps * 3 // 10

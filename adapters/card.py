@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pyra.adapters.adapt import is_image_model
+from pyra.adapters.adapting import is_image_model
 from pyra.backbones import macs, wrapped_config, wrapped_schedule
 from pyra.errors import ConfigError
 

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import pyra.adapters.bottleneck
+import pyra.adapters.prompts  # noqa: F401 - both register their methods with peft
 from pyra.adapters.targets import REACTIVATION
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, did_you_mean
@@ -32,6 +34,7 @@ WEIGHTS, PEFT_FILE, PYRA_FILE, CARD = (
     "pyra_config.json",
     "README.md",
 )
+PICKLED = "adapter_model.bin"  # what PEFT writes without safetensors; never read
 _SCHEDULE = "solved_schedule"
 
 
@@ -94,6 +97,8 @@ def one_line(error: Exception) -> str:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
+        if (folder / PICKLED).is_file():
+            raise CheckpointError(f"{folder}: {PICKLED} is pickled, which is never read: save it as safetensors")
         raise CheckpointError(
             f"{folder}: no {WEIGHTS} there; give a folder written by save_adapter, or adapter/ of a run"
         )

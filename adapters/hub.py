@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 from pyra.adapters.card import CardInfo, is_ours
-from pyra.adapters.folder import CARD, PEFT_FILE, PYRA_FILE, WEIGHTS, one_line
+from pyra.adapters.folder import CARD, PEFT_FILE, PYRA_FILE
 from pyra.adapters.saving import save_adapter
-from pyra.errors import CheckpointError, OutputError
+from pyra.errors import ConfigError, OutputError
 
 
 def push_adapter(
@@ -52,6 +51,8 @@ def push_adapter(
     Example:
         >>> push_adapter(model, "me/my-adapter", card=CardInfo(task="eurosat"))  # doctest: +SKIP
     """
+    if not isinstance(repo_id, str):
+        raise ConfigError(f"a repository of the hub is called 'owner/name', got {repo_id!r}")
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder, card)
         api = HfApi(token=token)
@@ -73,25 +74,6 @@ def push_adapter(
                 f"{repo_id} was not written: {reason}; log in with `hf auth login` or give a token that may write there"
             ) from None
     return str(commit.commit_url)
-
-
-def local_folder(folder: str | Path, revision: str | None = None) -> Path:
-    """Return a folder as it is, and for ``"owner/name"`` that is none the hub's files of that name, fetched.
-
-    Nothing but weights in safetensors and the two JSON files is fetched.
-
-    Raises:
-        CheckpointError: where the hub has no such repository, or cannot be reached.
-    """
-    path = Path(folder)
-    if path.exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) is None or str(folder).startswith("."):
-        return path
-    try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[WEIGHTS, PEFT_FILE, PYRA_FILE]))
-    except (OSError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{folder} is no folder here, and the hub did not give a repository of that name: {one_line(error)}"
-        ) from None
 
 
 def _card_is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:

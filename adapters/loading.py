@@ -8,10 +8,10 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pyra.adapters.adapt import carry_reactivation
+from pyra.adapters.adapting import carry_reactivation
+from pyra.adapters.fetching import local_folder
 from pyra.adapters.fit import check_backbone, check_fit
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
-from pyra.adapters.hub import local_folder
 from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error

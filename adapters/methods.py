@@ -3,41 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
-from peft import LoraConfig, PeftConfig
-
-from pyra.adapters.bottleneck import BottleneckConfig
-from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.errors import ConfigError, did_you_mean
 
-_Make = Callable[[int, float, "list[str] | None"], PeftConfig]
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# peft is imported where a configuration is made: the names of the methods are needed without it.
+_Make = Callable[[int, float, "list[str] | None"], "PeftConfig"]
+
+
+def _of_peft(kind: str, **changes: Any) -> _Make:
+    """Make a configuration of peft; the names of its options for size, dropout and targets are given as values."""
+
+    def make(rank: int, dropout: float, targets: list[str] | None) -> PeftConfig:
+        import peft
+
+        values = {"rank": rank, "dropout": dropout, "targets": targets}
+        options = {key: values.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+        made: PeftConfig = getattr(peft, kind)(**options)
+        return made
+
+    return make
+
+
+_LORA = {"r": "rank", "lora_alpha": "rank", "lora_dropout": "dropout", "target_modules": "targets"}
+_KRONECKER = {"r": "rank", "alpha": "rank", "module_dropout": "dropout", "target_modules": "targets"}
 
 
 def _lora(**changes: Any) -> _Make:
     """LoRA whose update is not scaled, as the paper has it."""
-    return lambda rank, dropout, targets: LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=targets, **changes
-    )
+    return _of_peft("LoraConfig", **_LORA, **changes)
 
 
 def _adalora(rank: int, dropout: float, targets: list[str] | None) -> PeftConfig:
     # The number of steps is known where the training begins (pyra.adapters.adalora).
-    return peft.AdaLoraConfig(
-        init_r=max(rank * 3 // 2, rank + 1),
-        target_r=rank,
-        lora_alpha=rank,
-        lora_dropout=dropout,
-        target_modules=targets,
-        total_step=1,
-    )
+    made = _of_peft("AdaLoraConfig", **_LORA, init_r=max(rank * 3 // 2, rank + 1), target_r=rank, total_step=1)
+    return made(rank, dropout, targets)
 
 
 def _ia3(rank: int, dropout: float, targets: list[str] | None) -> PeftConfig:
-    return peft.IA3Config(target_modules=targets, feedforward_modules=None if targets is None else [])
+    made = _of_peft("IA3Config", target_modules="targets", feedforward_modules=None if targets is None else [])
+    return made(rank, dropout, targets)
 
 
+def _bottleneck(**changes: Any) -> _Make:
+    def make(rank: int, dropout: float, targets: list[str] | None) -> PeftConfig:
+        from pyra.adapters.bottleneck import BottleneckConfig
+
+        return BottleneckConfig(width=rank, dropout=dropout, **changes)
+
+    return make
+
+
+def _prompts(deep: bool) -> _Make:
+    def make(rank: int, dropout: float, targets: list[str] | None) -> PeftConfig:
+        from pyra.adapters.prompts import VisualPromptsConfig
+
+        return VisualPromptsConfig(num_prompts=rank, dropout=dropout, deep=deep)
+
+    return make
+
+
+def _fourierft(rank: int, dropout: float, targets: list[str] | None) -> PeftConfig:
+    made = _of_peft("FourierFTConfig", n_frequency=125 * rank, scaling=300.0, target_modules="targets")
+    return made(rank, dropout, targets)
+
+
+_VERA = {"r": "rank", "vera_dropout": "dropout", "target_modules": "targets"}
+_OFT = {"oft_block_size": "rank", "module_dropout": "dropout", "target_modules": "targets"}
+_BOFT = {"boft_block_size": "rank", "boft_dropout": "dropout", "target_modules": "targets"}
 _METHODS: dict[str, tuple[str, _Make]] = {
     "lora": ("LoRA", _lora()),
     "dora": ("LoRA with magnitudes of its own (DoRA)", _lora(use_dora=True)),
@@ -45,57 +81,17 @@ _METHODS: dict[str, tuple[str, _Make]] = {
     "pissa": ("LoRA that starts at the largest singular values", _lora(init_lora_weights="pissa")),
     "adalora": ("LoRA whose ranks move to where they help (it starts at 1.5 times --rank)", _adalora),
     "ia3": ("(IA)3, learned factors", _ia3),
-    "vera": (
-        "VeRA, learned factors around shared random matrices",
-        lambda rank, dropout, targets: peft.VeraConfig(r=rank, vera_dropout=dropout, target_modules=targets),
-    ),
-    "oft": (
-        "OFT, rotations in blocks of --rank",
-        lambda rank, dropout, targets: peft.OFTConfig(
-            oft_block_size=rank, module_dropout=dropout, target_modules=targets
-        ),
-    ),
-    "boft": (
-        "BOFT, rotations in butterflies of --rank",
-        lambda rank, dropout, targets: peft.BOFTConfig(
-            boft_block_size=rank, boft_dropout=dropout, target_modules=targets
-        ),
-    ),
-    "loha": (
-        "LoHa, Hadamard products",
-        lambda rank, dropout, targets: peft.LoHaConfig(
-            r=rank, alpha=rank, module_dropout=dropout, target_modules=targets
-        ),
-    ),
-    "lokr": (
-        "LoKr, Kronecker products",
-        lambda rank, dropout, targets: peft.LoKrConfig(
-            r=rank, alpha=rank, module_dropout=dropout, target_modules=targets
-        ),
-    ),
-    "fourierft": (
-        "FourierFT, 125 frequencies a rank",
-        lambda rank, dropout, targets: peft.FourierFTConfig(
-            n_frequency=125 * rank, scaling=300.0, target_modules=targets
-        ),
-    ),
-    "ln-tuning": ("the norms alone", lambda rank, dropout, targets: peft.LNTuningConfig()),
-    "bottleneck": (
-        "bottleneck adapter after each MLP",
-        lambda rank, dropout, targets: BottleneckConfig(width=rank, dropout=dropout),
-    ),
-    "adaptformer": (
-        "bottleneck adapter beside each MLP",
-        lambda rank, dropout, targets: BottleneckConfig(width=rank, dropout=dropout, placement="parallel", scale=0.1),
-    ),
-    "prompts": (
-        "--rank visual prompts for each layer",
-        lambda rank, dropout, targets: VisualPromptsConfig(num_prompts=rank, dropout=dropout),
-    ),
-    "prompts-shallow": (
-        "--rank visual prompts before the first layer",
-        lambda rank, dropout, targets: VisualPromptsConfig(num_prompts=rank, dropout=dropout, deep=False),
-    ),
+    "vera": ("VeRA, learned factors around shared random matrices", _of_peft("VeraConfig", **_VERA)),
+    "oft": ("OFT, rotations in blocks of --rank", _of_peft("OFTConfig", **_OFT)),
+    "boft": ("BOFT, rotations in butterflies of --rank", _of_peft("BOFTConfig", **_BOFT)),
+    "loha": ("LoHa, Hadamard products", _of_peft("LoHaConfig", **_KRONECKER)),
+    "lokr": ("LoKr, Kronecker products", _of_peft("LoKrConfig", **_KRONECKER)),
+    "fourierft": ("FourierFT, 125 frequencies a rank", _fourierft),
+    "ln-tuning": ("the norms alone", _of_peft("LNTuningConfig")),
+    "bottleneck": ("bottleneck adapter after each MLP", _bottleneck()),
+    "adaptformer": ("bottleneck adapter beside each MLP", _bottleneck(placement="parallel", scale=0.1)),
+    "prompts": ("--rank visual prompts for each layer", _prompts(deep=True)),
+    "prompts-shallow": ("--rank visual prompts before the first layer", _prompts(deep=False)),
 }
 PEFT_METHODS: dict[str, str] = {name: text for name, (text, _) in _METHODS.items()}
 """Names that :func:`peft_config` takes, and what each is."""
@@ -113,12 +109,14 @@ def peft_config(method: str, rank: int, dropout: float = 0.0, targets: Sequence[
             Bottlenecks, prompts and norm tuning have their own places.
 
     Raises:
-        ConfigError: for another method.
+        ConfigError: for another method, or a rank below 1.
 
     Example:
         >>> peft_config("dora", rank=8).use_dora
         True
     """
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}")
     if method not in _METHODS:
         close = did_you_mean(method, _METHODS)
         raise ConfigError(f"unknown PEFT method {method!r}{close}; one of {', '.join(_METHODS)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from pyra.adapters.folder import PYRA_FILE, merging_record
+from pyra.adapters.folder import PICKLED, PYRA_FILE, WEIGHTS, merging_record
 from pyra.backbones import wrapped_config
 from pyra.files import write_json
 
@@ -48,8 +48,10 @@ class SavesMerging:
         if not is_main_process:
             return
         for name in model.peft_config if selected_adapters is None else selected_adapters:
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            (folder / (PICKLED if safe_serialization else WEIGHTS)).unlink(missing_ok=True)  # of an earlier saving
             config, schedule = merging_of(model, name)
-            file = Path(save_directory) / ("" if name == "default" else name) / PYRA_FILE
+            file = folder / PYRA_FILE
             if config is None:
                 file.unlink(missing_ok=True)
             else:

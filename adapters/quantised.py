@@ -36,8 +36,10 @@ def quantize_backbone(model: Model, bits: int = 8, compute_dtype: torch.dtype = 
     Example:
         >>> model = adapt(quantize_backbone(model, 4), pyra=PyraConfig(rate=0.5), peft=LoraConfig())  # doctest: +SKIP
     """
-    if bits not in (4, 8):
+    if type(bits) is not int or bits not in (4, 8):
         raise ConfigError(f"bits must be 8 or 4, got {bits!r}")
+    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
+        raise ConfigError(f"compute_dtype must be a floating dtype such as torch.bfloat16, got {compute_dtype!r}")
     try:
         from bitsandbytes import nn as quantised
     except ImportError:
@@ -61,6 +63,9 @@ def quantize_backbone(model: Model, bits: int = 8, compute_dtype: torch.dtype = 
             made.weight = quantised.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
         else:
             made = quantised.Linear4bit(*sizes, compute_dtype=compute_dtype, quant_type="nf4")
+            # On CPUs with AVX512-BF16, a forward in evaluation mode would repack the weights: they could neither train
+            # nor be folded after it, and widths that are no multiple of 64 would fail.
+            made.support_avx512bf16_for_cpu = False
             made.weight = quantised.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
         made.bias = linear.bias
         setattr(parent, name, made.to(linear.weight.device).train(linear.training))

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.adapters.adapt import carry_reactivation
+from pyra.adapters.adapting import carry_reactivation
 from pyra.adapters.card import CardInfo, is_ours, model_card
 from pyra.adapters.folder import CARD, PEFT_FILE, PYRA_FILE, WEIGHTS, merging_record
 from pyra.adapters.several import settle
@@ -35,9 +35,12 @@ def save_adapter(model: nn.Module, folder: str | Path, card: CardInfo | None = N
         card: what the model card is to say beyond what the model knows, such as a result.
 
     Raises:
-        ConfigError: where the model carries several adapters, or trained weights that PEFT would not save (named).
+        ConfigError: where ``folder`` is none, or the model carries several adapters, or trained weights that PEFT would
+            not save (named).
         CheckpointError: where a trained weight is NaN or infinite (named); nothing is written.
     """
+    if not isinstance(folder, (str, Path)) or Path(folder).is_file():
+        raise ConfigError(f"save_adapter writes a folder, got {folder!r}")
     settle(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,9 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from pyra.adapters.adapt import carry_reactivation
+from pyra.adapters.adapting import carry_reactivation
 from pyra.adapters.bottleneck import BottleneckConfig
+from pyra.adapters.fetching import local_folder
 from pyra.adapters.fit import check_backbone, check_fit
 from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
 from pyra.adapters.peft_model import saving_merging
@@ -34,12 +35,15 @@ from pyra.errors import CheckpointError, ConfigError, PyraError
 _STILL = PyraConfig(rate=0.0, reactivation=False)  # what an adapter without merging does
 
 
+_RESERVED = ("modules_to_save", "original_module", "base_layer")  # names inside PEFT's layers
+
+
 def add_adapter(model: nn.Module, folder: str | Path, name: str) -> nn.Module:
     """Load a further adapter into a model that has one; the active one stays active.
 
     Args:
         model: from :func:`pyra.adapters.adapt` or :func:`pyra.adapters.load_adapter`, with a PEFT method.
-        folder: written by :func:`pyra.adapters.save_adapter`, from a backbone of the same width and depth, with a head
+        folder: as for :func:`pyra.adapters.load_adapter`, from a backbone of the same width and depth, with a head
             of the same size. It may merge at another rate, or not at all.
         name: what it is called here.
 
@@ -58,13 +62,15 @@ def add_adapter(model: nn.Module, folder: str | Path, name: str) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         raise ConfigError("add_adapter needs a model that has an adapter: use load_adapter for the first")
+    if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+        raise ConfigError(f"an adapter is called by a word of letters, digits and _, got {name!r}")
     if name in model.peft_config:
         raise ConfigError(f"the model has an adapter {name!r} already: {', '.join(model.peft_config)}")
     settle(model)
     configs, known = copy.deepcopy(model.peft_config), {id(module) for module in model.modules()}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        stored = read_adapter(folder)
+        stored = read_adapter(local_folder(folder))
         _refuse(stored, model)
         with unchanged_on_error(model):
             _add(model, stored, name)

@@ -44,11 +44,18 @@ def paired_difference(
         level: of the interval.
 
     Raises:
-        ValueError: where the two are not of one shape.
+        ValueError: where the two are not of one shape, hold no image or values that are no number, or ``draws`` or
+            ``level`` make no interval.
     """
+    shapes = [sorted({np.shape(one) for one in side}) for side in (ours, theirs)]
+    if len(ours) != len(theirs) or shapes[0] != shapes[1] or len(shapes[0]) != 1 or len(shapes[0][0]) != 1:
+        counts = f"{len(ours)} and {len(theirs)} seeds of {shapes[0]} and {shapes[1]} images"
+        raise ValueError(f"paired_difference: {counts} are no pairs")
     left, right = np.stack(ours).astype(np.float64), np.stack(theirs).astype(np.float64)
-    if left.shape != right.shape:
-        raise ValueError(f"paired_difference: {left.shape} and {right.shape} (seeds, images) are no pairs")
+    if not left.size or not np.isfinite(left).all() or not np.isfinite(right).all():
+        raise ValueError("paired_difference: there is no image, or a value that is no number")
+    if draws < 1 or not 0 < level < 1:
+        raise ValueError(f"paired_difference: draws must be positive and level in (0, 1), got {draws} and {level}")
     difference, random = left - right, np.random.default_rng(0)
     seeds, images = difference.shape
     drawn = [

@@ -51,7 +51,7 @@ class VisualPrompts(nn.Module):
         return self
 
     def _rows(self, layer: int, tokens: Tensor) -> Tensor:
-        rows: Tensor = self.dropout(self.visual_prompts[layer].expand(len(tokens), -1, -1))
+        rows: Tensor = self.dropout(self.visual_prompts[layer].expand(tokens.shape[0], -1, -1))
         return rows.to(tokens.dtype)
 
     def extra_repr(self) -> str:

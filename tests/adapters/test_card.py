@@ -240,7 +240,7 @@ def test_an_adapter_comes_from_the_hub_by_its_name(tmp_path: Path, monkeypatch: 
         assert all(pattern.endswith((".safetensors", ".json")) for pattern in allow_patterns)
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr("pyra.adapters.hub.snapshot_download", fetch)
+    monkeypatch.setattr("pyra.adapters.fetching.snapshot_download", fetch)
     with torch.no_grad():
         expected = result(run(model.eval(), images()))
         loaded = result(run(load_adapter(build("timm-vit"), "me/mine", revision="dev"), images()))
@@ -251,7 +251,7 @@ def test_a_name_that_the_hub_does_not_know_is_told(monkeypatch: pytest.MonkeyPat
     def refuse(*_: Any, **__: Any) -> Any:
         raise HfHubHTTPError("401 Client Error: Repository Not Found", response=MagicMock())
 
-    monkeypatch.setattr("pyra.adapters.hub.snapshot_download", refuse)
+    monkeypatch.setattr("pyra.adapters.fetching.snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"me/mine is no folder here.*Repository Not Found"):
         load_adapter(build("timm-vit"), "me/mine")
     with pytest.raises(CheckpointError, match=r"no adapter_model.safetensors there"):

@@ -23,6 +23,7 @@ from pyra.adapters import (
     quantize_backbone,
     save_adapter,
 )
+from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.tasks.data import load_task
 from pyra.tasks.evaluation import data_for
@@ -190,9 +191,44 @@ def test_features_of_trained_weights(bits: int, least: float, rate: float) -> No
     assert least < similar.mean() < 1
 
 
+@quantised
+@pytest.mark.usefixtures("bits_and_bytes", "no_cuda_extension")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("method", [name for name in PEFT_METHODS if name != "adalora"])
+def test_every_method_on_few_bits(method: str, width: int, bits: int) -> None:
+    """It runs, trained after an evaluation and the other way round, or it says that it cannot."""
+    model = quantize_backbone(build("timm-vit", embed_dim=width), bits, torch.float32)
+    try:
+        model = adapt(model, pyra=config(), peft=peft_config(method, 8, targets=["qkv"]))
+    except ConfigError as error:
+        assert method == "pissa" or (method, bits) in (("dora", 8), ("loha", 4), ("lokr", 4)), error
+        return
+    with torch.no_grad():
+        start = result(run(model.eval(), images()))
+    trained = gradients(model.train())
+    assert set(trained) == {name for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        torch.testing.assert_close(result(run(model.eval(), images())), start)
+
+
+@quantised
+@pytest.mark.usefixtures("bits_and_bytes")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folding_into_few_bits_rounds_again(bits: int) -> None:
+    """After a forward in evaluation mode, too: bitsandbytes would pack 4 bits otherwise then."""
+    model = adapt(quantize_backbone(wide("timm-vit"), bits), peft=peft.LoraConfig(r=2)).eval()
+    with torch.no_grad():
+        before = result(run(model, images()))
+        after = result(run(fold_adapter(model), images()))
+    assert (after - before).abs().max() < 0.03 * before.abs().max()
+
+
 @pytest.mark.usefixtures("bits_and_bytes")
 def test_what_cannot_be_quantised_says_why() -> None:
-    for bits in (2, 16, None):
+    with pytest.raises(ConfigError, match="compute_dtype must be a floating dtype"):
+        quantize_backbone(build("timm-vit"), 4, "bf16")  # type: ignore[arg-type]
+    for bits in (2, 16, None, 8.0):
         with pytest.raises(ConfigError, match=f"bits must be 8 or 4, got {bits}"):
             quantize_backbone(build("timm-vit"), bits)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="quantise the backbone first"):

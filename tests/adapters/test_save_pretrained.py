@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from pyra import PyraConfig, unwrap, wrap
 from pyra.adapters import adapt, add_adapter, load_adapter, save_adapter, switch_adapter
+from pyra.errors import CheckpointError
 
 
 def values(model: nn.Module) -> Tensor:
@@ -59,6 +60,17 @@ def test_a_loaded_model_and_one_that_merges_later_save_it(tmp_path: Path) -> Non
     later = adapt(peft.get_peft_model(build("timm-vit"), peft.LoraConfig(r=2, target_modules=["qkv"])), pyra=config())
     later.save_pretrained(str(tmp_path / "c"))
     assert (tmp_path / "c" / "pyra_config.json").is_file()
+
+
+def test_an_earlier_saving_of_the_other_kind_goes(tmp_path: Path) -> None:
+    model = lora()
+    model.save_pretrained(str(tmp_path))
+    model.save_pretrained(str(tmp_path), safe_serialization=False)
+    with pytest.raises(CheckpointError, match=r"adapter_model.bin is pickled, which is never read"):
+        load_adapter(build("timm-vit"), tmp_path)
+    model.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "adapter_model.bin").exists()
+    torch.testing.assert_close(values(load_adapter(build("timm-vit"), tmp_path)), values(model))
 
 
 def test_what_no_longer_merges_says_so(tmp_path: Path) -> None:

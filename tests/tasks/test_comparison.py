@@ -51,8 +51,15 @@ def test_the_interval_holds_what_it_says(share: float) -> None:
 
 
 def test_pairs_of_different_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 4\) and \(1, 5\)"):
-        paired_difference([np.ones(4, np.float32)], [np.ones(5, np.float32)])
+    four, five = np.ones(4, np.float32), np.ones(5, np.float32)
+    for ours, theirs in (([four], [five]), ([four], [four, four]), ([], []), ([four, five], [four, five]), ([1], [1])):
+        with pytest.raises(ValueError, match="are no pairs"):
+            paired_difference(ours, theirs)  # type: ignore[arg-type]
+    for wrong in (np.ones(0), np.array([np.nan])):
+        with pytest.raises(ValueError, match="no image, or a value that is no number"):
+            paired_difference([wrong], [wrong])
+    with pytest.raises(ValueError, match="draws must be positive"):
+        paired_difference([four], [four], draws=0)
 
 
 def test_outcomes_are_kept(tiny_backbone: Path, tmp_path: Path) -> None:

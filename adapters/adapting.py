@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 
-from peft import BOFTConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import BOFTConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.oft import OFTLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
@@ -84,6 +85,7 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
             "reads images: use VisualPromptsConfig of pyra.adapters"
         )
     fill_in_targets(config, model)
+    _refuse_few_bits(model, config)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
     asked = set(getattr(config, "modules_to_save", None) or ())
     _refuse_inner_modules(model, asked)
@@ -104,6 +106,7 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
         raise ConfigError(f"peft cannot attach {type(config).__name__} to {where}: {reason}") from None
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = backbone_name(model)
+    _refuse_other_blocks(adapted, config)
     if isinstance(
         config, BOFTConfig
     ):  # without its CUDA extension peft makes less than was asked for, and does not say
@@ -122,6 +125,27 @@ def _refuse_whole_numbers(model: nn.Module, trained: list[str]) -> None:
         raise ConfigError(
             f"{', '.join(fixed)} is quantised and cannot train: load the model with llm_int8_skip_modules={fixed} in "
             "its BitsAndBytesConfig"
+        )
+
+
+def _refuse_few_bits(model: nn.Module, config: PeftConfig) -> None:
+    """Name the methods whose layers take quantised weights for plain ones: they fail at the first forward."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if getattr(model, "is_loaded_in_8bit", False) and getattr(config, "use_dora", False):
+        raise ConfigError("DoRA fails on backbones of 8 bits in peft: take 4 bits, or LoRA without use_dora")
+    if getattr(model, "is_loaded_in_4bit", False) and kind in ("LOHA", "LOKR"):
+        raise ConfigError(f"{kind} takes no weights of 4 bits in peft: take 8 bits, or another method such as LoRA")
+
+
+def _refuse_other_blocks(adapted: nn.Module, config: PeftConfig) -> None:
+    if not isinstance(config, OFTConfig) or not config.oft_block_size:
+        return
+    layers = [module for module in adapted.modules() if isinstance(module, OFTLayer)]
+    other = {size for layer in layers for size in layer.oft_block_size.values()} - {config.oft_block_size}
+    if other:
+        raise ConfigError(
+            f"oft_block_size {config.oft_block_size} does not divide the width of every target module: peft would take "
+            f"{', '.join(map(str, sorted(other)))} instead; give one that does"
         )
 
 
