@@ -11,6 +11,11 @@ from typing import Any, Literal
 from pyra.errors import did_you_mean
 
 
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """Describe a field of a dataclass that becomes a command-line option: its default and its help."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
 def record_problems(record: type, values: object) -> list[str]:
     """List what keeps ``record(**values)`` from being a good one: unknown and missing keys, values of a wrong type.
 

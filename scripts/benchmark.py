@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pyra.attention import ATTENTIONS
 from pyra.errors import ConfigError
 from pyra.kernels import BACKENDS
+from pyra.records import option
 from pyra.scripts.cli import parse
-from pyra.tasks.options import DEVICES, option
+from pyra.tasks.options import DEVICES
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

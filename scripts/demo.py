@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pyra.records import option
 from pyra.scripts.cli import parse
-from pyra.tasks.options import option
 
 
 @dataclass(kw_only=True)

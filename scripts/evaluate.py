@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyra.errors import ConfigError
+from pyra.records import option
 from pyra.scripts.cli import parse
-from pyra.tasks.options import option
 
 
 @dataclass(kw_only=True)

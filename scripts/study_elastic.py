@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyra.errors import ConfigError
+from pyra.records import option
 from pyra.scripts.cli import parse
-from pyra.tasks.options import RunOptions, option
+from pyra.tasks.options import RunOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

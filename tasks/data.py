@@ -1,7 +1,7 @@
 """Tasks: finding them by name or folder, and their splits as data sets of tensors.
 
-A shipped task is a folder of this package with a ``task.yaml``; ``load_task(data=...)`` makes one from a user's folder
-(layouts: :mod:`pyra.tasks.folders`).
+A shipped task has a card (:mod:`pyra.tasks.cards`); ``load_task(data=...)`` makes one from a user's folder (layouts:
+:mod:`pyra.tasks.folders`).
 
     >>> task = load_task("demo")
     >>> task.name, len(task.labels), sorted(task.splits)
@@ -10,24 +10,23 @@ A shipped task is a folder of this package with a ``task.yaml``; ``load_task(dat
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
-import yaml
 
 from pyra.errors import DataError, did_you_mean
-from pyra.records import record_problems
-from pyra.tasks.folders import read_folder, read_splits
+from pyra.tasks.cards import card_files, load_card
+from pyra.tasks.folders import read_folder
 from pyra.tasks.images import ImageDataset
+from pyra.tasks.sources import load_splits
 
 __all__ = ["ImageDataset", "Task", "image_dataset", "load_task", "task_names"]
 
 LIMIT_SEED = 0
-PREPROCESSING = ("squash",)
 
 
 @dataclass(frozen=True)
@@ -49,29 +48,15 @@ class Task:
     version: str = "1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskCard:
-    """What a ``task.yaml`` says; unknown keys are errors."""
-
-    name: str
-    description: str
-    files: Mapping[str, str]
-    classes: int
-    metric: str
-    higher_is_better: bool
-    preprocessing: str
-    license: str
-    version: str
-    source: str
-
-
 def task_names() -> list[str]:
     """Return the names of the tasks shipped with the package."""
-    return sorted(card.parent.name for card in _root().glob("*/task.yaml"))
+    return list(card_files())
 
 
-def load_task(task: str | None = None, data: str | None = None) -> Task:
+def load_task(task: str | None = None, data: str | None = None, root: str | None = None) -> Task:
     """Load a shipped task by name, or make one from a folder; exactly one of ``task`` and ``data``.
+
+    ``root`` is the folder with the data of shipped tasks that bring none, by default what ``PYRA_DATA`` says.
 
     Raises:
         DataError: neither or both given, an unknown name, or a folder that cannot be read as a task.
@@ -91,12 +76,22 @@ def load_task(task: str | None = None, data: str | None = None) -> Task:
                 "the folders directly inside it (or inside its train/) must be the classes"
             )
         return Task(path.stem if path.is_file() else path.name, labels, splits, description=how)
-    if task not in task_names():
-        hint = did_you_mean(str(task), task_names())
-        raise DataError(
-            f"unknown task {task!r}{hint}; the tasks are {', '.join(task_names())}; --data FOLDER reads your own"
-        )
-    return _load_shipped(_root() / str(task))
+    card, home = load_card(str(task))
+    splits = load_splits(card, home, root or os.environ.get("PYRA_DATA"))
+    labels = _labels(splits)
+    if len(labels) != card.classes:
+        raise DataError(f"task {card.name} has {card.classes} classes, its files have {len(labels)}")
+    return Task(
+        card.name,
+        labels,
+        splits,
+        metric=card.metric,
+        higher_is_better=card.higher_is_better,
+        preprocessing=card.preprocessing,
+        description=card.description.strip(),
+        license=card.license,
+        version=card.version,
+    )
 
 
 def image_dataset(
@@ -134,39 +129,6 @@ def image_dataset(
         skip_broken=skip_broken,
         name=f"{task.name}/{split}",
     )
-
-
-def _root() -> Path:
-    return Path(__file__).parent
-
-
-def _load_shipped(folder: Path) -> Task:
-    card = _read_card(folder / "task.yaml")
-    splits, _ = read_splits({split: [folder / file] for split, file in card.files.items()}, folder)
-    labels = _labels(splits)
-    if len(labels) != card.classes:
-        raise DataError(f"{folder / 'task.yaml'} says {card.classes} classes, the files have {len(labels)}")
-    return Task(
-        card.name,
-        labels,
-        splits,
-        metric=card.metric,
-        higher_is_better=card.higher_is_better,
-        preprocessing=card.preprocessing,
-        description=card.description.strip(),
-        license=card.license,
-        version=card.version,
-    )
-
-
-def _read_card(path: Path) -> TaskCard:
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    problems = record_problems(TaskCard, values)
-    if not problems and values.get("preprocessing", PREPROCESSING[0]) not in PREPROCESSING:
-        problems.append(f"preprocessing {values['preprocessing']!r} is not one of {', '.join(PREPROCESSING)}")
-    if problems:
-        raise DataError(f"{path}: {'; '.join(problems)}")
-    return TaskCard(**values)
 
 
 def _labels(splits: Mapping[str, datasets.Dataset]) -> tuple[str, ...]:

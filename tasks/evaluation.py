@@ -178,7 +178,7 @@ def evaluate_run(
 
 def task_of_run(folder: Path, options: RunOptions, labels: list[str]) -> Task:
     """Load the task of a run; raises :class:`DataError` where its classes are not those of the run."""
-    task = load_task(options.task, options.data)
+    task = load_task(options.task, options.data, options.root)
     if list(task.labels) != labels:
         raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
     return task

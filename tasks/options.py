@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from pyra.adapters.methods import PEFT_METHODS, peft_config
-from pyra.config import PyraConfig
 from pyra.errors import ConfigError, did_you_mean
-from pyra.records import type_problems
+from pyra.records import option, type_problems
+
+if TYPE_CHECKING:
+    from pyra.config import PyraConfig
 
 METHODS = {
     "linear": "train a new head on the frozen backbone",
@@ -22,11 +24,6 @@ MERGING = ("tome", "pyra")
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """Describe one command-line option of a dataclass."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass(kw_only=True)
 class RunOptions:
     """One training run. Defaults of the optimiser are the paper's (arXiv 2403.09192, section 4) but for the epochs."""
@@ -37,6 +34,7 @@ class RunOptions:
     image_size: int | None = option(None, "image side in pixels; the backbone's own by default")
     task: str | None = option(None, "a shipped task by name ('demo' unless --data is given)")
     data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
+    root: str | None = option(None, "folder with the data of shipped tasks that bring none (PYRA_DATA by default)")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     method: str = option("pyra", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     peft: str | None = option(
@@ -133,6 +131,8 @@ class RunOptions:
         """Return what to merge, or None."""
         if self.method not in MERGING:
             return None
+        from pyra.config import PyraConfig  # with torch: help and lists of tasks answer without it
+
         rates = self.rates()
         return PyraConfig(
             rate=rates[-1] if rates else None,

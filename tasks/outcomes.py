@@ -57,7 +57,7 @@ def outcomes(
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(options.seed)
     device = resolve_device(options.device)
-    task = load_task(options.task, options.data)
+    task = load_task(options.task, options.data, options.root)
     model = build(options, len(task.labels))
     train_data, test_data = splits(options, task, model)
     test_data = test_data if view is None else view(test_data)

@@ -20,7 +20,8 @@ from pyra.errors import DataError
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 """Names under which a label column is found when no column is typed as ClassLabel."""
 
-_IMAGE = datasets.Image(decode=False)
+IMAGE = datasets.Image(decode=False)
+"""How images are stored: bytes or a path, not decoded."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_parquet(path: Path) -> Rows:
         table = pq.read_table(path, columns=[image, label])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-    images = pa.chunked_array([_IMAGE.cast_storage(chunk) for chunk in table[image].chunks], type=_IMAGE.pa_type)
+    images = pa.chunked_array([IMAGE.cast_storage(chunk) for chunk in table[image].chunks], type=IMAGE.pa_type)
     images = _beside(images, path)
     labels, classes = _label_names(table[label], features[label], path)
     names = [Path(entry).name if entry else "" for entry in _field(images, "path")]
@@ -85,8 +86,48 @@ def read_image_folder(folder: Path) -> Rows:
     paths = [image for images in found.values() for image in images]
     labels = [path.relative_to(folder).parts[0] for path in paths]
     sources = [str(path) for path in paths]
-    storage = pa.array([{"bytes": None, "path": source} for source in sources], type=_IMAGE.pa_type)
+    storage = pa.array([{"bytes": None, "path": source} for source in sources], type=IMAGE.pa_type)
     return Rows(pa.chunked_array([storage]), labels, sources, tuple(sorted(set(labels))))
+
+
+def read_image_list(file: Path, classes: int) -> Rows:
+    """Read a list of images beside it, ``path label`` in each line, with labels from 0 on.
+
+    Raises:
+        DataError: with the first lines that name no image, an image outside the list's folder, or no class.
+    """
+    home = file.parent.resolve()
+    images, labels, problems = [], [], []
+    listed: dict[Path, set[str]] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        path = home / name
+        if not name or not label.isdecimal() or int(label) >= classes:
+            problems.append(f"line {number}: {line.strip()!r} is no path with a label from 0 to {classes - 1}")
+            continue
+        if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+            problems.append(f"line {number}: {name} lies outside {home}")
+            continue
+        if path.parent not in listed:  # one look a folder: splits may have tens of thousands of images
+            listed[path.parent] = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+        if path.name not in listed[path.parent]:
+            problems.append(f"line {number}: {name} is not there")
+        images.append({"bytes": None, "path": str(path)})
+        labels.append(str(int(label)))
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DataError(f"{file}: {'; '.join(problems[:3])}{more}")
+    if not labels:
+        raise DataError(f"{file} lists no image")
+    sources = [image["path"] or "" for image in images]
+    names = tuple(str(label) for label in range(classes))
+    return Rows(pa.chunked_array([pa.array(images, type=IMAGE.pa_type)]), labels, sources, names)
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -111,13 +152,13 @@ def to_dataset(parts: Sequence[Rows], classes: Sequence[str]) -> datasets.Datase
         )
     table = pa.table(
         {
-            "image": pa.chunked_array([c for part in parts for c in part.images.chunks], type=_IMAGE.pa_type),
+            "image": pa.chunked_array([c for part in parts for c in part.images.chunks], type=IMAGE.pa_type),
             "label": pa.array([index[label] for part in parts for label in part.labels], type=pa.int64()),
             "source": pa.array([source for part in parts for source in part.sources], type=pa.string()),
         }
     )
     features = datasets.Features(
-        {"image": _IMAGE, "label": datasets.ClassLabel(names=list(classes)), "source": datasets.Value("string")}
+        {"image": IMAGE, "label": datasets.ClassLabel(names=list(classes)), "source": datasets.Value("string")}
     )
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
@@ -147,7 +188,7 @@ def _beside(images: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
             if not file.is_relative_to(home):
                 raise DataError(f"{path} row {number} points to {row['path']}, outside {home}: store the images in it")
             row["path"] = str(file)
-    return pa.chunked_array([pa.array(rows, type=_IMAGE.pa_type)])
+    return pa.chunked_array([pa.array(rows, type=IMAGE.pa_type)])
 
 
 def _image_column(schema: pa.Schema, features: datasets.Features, path: Path) -> str:

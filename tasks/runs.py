@@ -78,7 +78,7 @@ def save_run(folder: Path, options: RunOptions, labels: Sequence[str]) -> None:
     if weights is not None:
         write_json(folder / _BACKBONE, {"file": str(weights), "sha256": file_digest(weights)})
     values = asdict(options)
-    for name in ("backbone", "checkpoint", "data"):  # a run is read from any folder
+    for name in ("backbone", "checkpoint", "data", "root"):  # a run is read from any folder
         shipped = name == "backbone" and options.backbone == "demo"  # though a folder may be called so
         if values[name] is not None and not shipped and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())

@@ -130,7 +130,7 @@ def train(options: RunOptions) -> RunResult:
     """
     set_seed(options.seed)
     device = resolve_device(options.device)
-    task = load_task(options.task, options.data)
+    task = load_task(options.task, options.data, options.root)
     _refuse_output_in_data(options)
     model = new_model(options, len(task.labels))
     with staged_output(options.output, "run", options.overwrite) as folder:
