@@ -10,6 +10,7 @@ A shipped task has a card (:mod:`pyra.tasks.cards`); ``load_task(data=...)`` mak
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,23 @@ def load_task(task: str | None = None, data: str | None = None, root: str | None
         license=card.license,
         version=card.version,
     )
+
+
+def split_digest(rows: datasets.Dataset) -> str:
+    """Return the SHA-256 of a split: its images as they are stored, and their labels, in order.
+
+    Raises:
+        DataError: where an image cannot be read.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        image = row["image"] or {"bytes": None, "path": None}
+        try:
+            stored = Path(image["path"]).read_bytes() if image["bytes"] is None and image["path"] else image["bytes"]
+        except OSError as error:
+            raise DataError(f"{image['path']} cannot be read: {error.strerror}") from None
+        digest.update(hashlib.sha256(stored or b"").digest() + int(row["label"]).to_bytes(4, "big"))
+    return digest.hexdigest()
 
 
 def image_dataset(

@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from pyra.backbones import macs, set_rate, unwrap, wrapped_config, wrapped_schedule
 from pyra.backbones.loading import preprocessing
-from pyra.errors import ConfigError, DataError, TrainingError
+from pyra.errors import ConfigError, TrainingError
 from pyra.files import write_json
-from pyra.tasks.data import ImageDataset, Task, image_dataset, load_task
+from pyra.tasks.data import ImageDataset, Task, image_dataset
 from pyra.tasks.metrics import load_metric
-from pyra.tasks.options import RunOptions
 from pyra.tasks.results import RunResult, environment, read_result
-from pyra.tasks.runs import DTYPES, load_run, resolve_device
+from pyra.tasks.runs import DTYPES, load_run, resolve_device, task_of_run
 from pyra.tasks.timing import throughput
 
 
@@ -174,14 +173,6 @@ def evaluate_run(
     )
     write_json(folder / evaluation_file(split, rate), result.to_dict())
     return result
-
-
-def task_of_run(folder: Path, options: RunOptions, labels: list[str]) -> Task:
-    """Load the task of a run; raises :class:`DataError` where its classes are not those of the run."""
-    task = load_task(options.task, options.data, options.root)
-    if list(task.labels) != labels:
-        raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
-    return task
 
 
 def evaluation_file(split: str, rate: float | None = None) -> str:

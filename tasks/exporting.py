@@ -9,9 +9,9 @@ import torch
 from pyra.backbones.loading import preprocessing
 from pyra.export import ExportReport, export_model, load_exported
 from pyra.files import write_json
-from pyra.tasks.evaluation import data_for, task_of_run
+from pyra.tasks.evaluation import data_for
 from pyra.tasks.output import staged_output
-from pyra.tasks.runs import load_run
+from pyra.tasks.runs import load_run, task_of_run
 from pyra.tasks.timing import take_turns
 
 
@@ -36,7 +36,7 @@ def export_run(
     """
     model, options, labels = load_run(run)
     prepared = preprocessing(model)
-    task = task_of_run(Path(run), options, labels)
+    task = task_of_run(run, options, labels)
     data = data_for(model, task, "test", skip_broken=options.skip_broken, limit=images)
     batch = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
     metadata = {

@@ -27,7 +27,16 @@ CLAIM_FILE = ".pyra-run"
 Kind = Literal["run", "demo", "export"]
 
 WRITTEN: dict[Kind, tuple[str, ...]] = {
-    "run": (RESULT_FILE, "options.json", "labels.json", "backbone.json", "adapter", "evaluation*.json", "export"),
+    "run": (
+        RESULT_FILE,
+        "options.json",
+        "labels.json",
+        "data.json",
+        "backbone.json",
+        "adapter",
+        "evaluation*.json",
+        "export",
+    ),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),
 }

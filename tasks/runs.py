@@ -3,6 +3,7 @@
 run/
 result.json     the result (pyra.tasks.results)
 options.json    the options it was made with, paths absolute
+data.json       the splits it was trained and scored on
 backbone.json   which weights it was made from, where they came from a file
 labels.json     the class names
 adapter/        what was trained (pyra.adapters.folder)
@@ -26,12 +27,13 @@ from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
+from pyra.tasks.data import Task, load_task, split_digest
 from pyra.tasks.options import DEVICES, RunOptions
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OPTIONS, _LABELS, _BACKBONE = "options.json", "labels.json", "backbone.json"
+_OPTIONS, _LABELS, _BACKBONE, _DATA = "options.json", "labels.json", "backbone.json", "data.json"
 
 
 def resolve_device(name: str) -> torch.device:
@@ -72,8 +74,9 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
 
 
-def save_run(folder: Path, options: RunOptions, labels: Sequence[str]) -> None:
-    """Write what is needed to make the model again (the adapter itself is saved beside it)."""
+def save_run(folder: Path, options: RunOptions, task: Task) -> None:
+    """Write what is needed to make the model again (the adapter itself is saved beside it), and on what it was made."""
+    write_json(folder / _DATA, _record(task))
     weights = _weights_file(options)
     if weights is not None:
         write_json(folder / _BACKBONE, {"file": str(weights), "sha256": file_digest(weights)})
@@ -83,7 +86,44 @@ def save_run(folder: Path, options: RunOptions, labels: Sequence[str]) -> None:
         if values[name] is not None and not shipped and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
     write_json(folder / _OPTIONS, values)
-    write_json(folder / _LABELS, list(labels))
+    write_json(folder / _LABELS, list(task.labels))
+
+
+def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) -> Task:
+    """Load the task of a run.
+
+    Raises:
+        DataError: where its classes, its version or the images of a split are not those of the run any more: scores
+            would not be those of what was trained, and training images could be among the test images.
+    """
+    folder = Path(folder)
+    task = load_task(options.task, options.data, options.root)
+    if list(task.labels) != list(labels):
+        raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
+    if not (folder / _DATA).is_file():  # of an earlier version
+        return task
+    stored, now = _read_json(folder, _DATA), _record(task)
+    if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
+        raise DataError(f"{folder / _DATA} holds no record of splits")
+    was, here = stored.get("version"), now["version"]
+    if was != here:
+        raise DataError(
+            f"{folder} was trained on version {was} of {task.name}, here is version {here}: their scores cannot be "
+            "compared; train again"
+        )
+    changed = [split for split, record in stored["splits"].items() if now["splits"].get(split) != record]
+    if changed:
+        then, found = (record["splits"].get(changed[0], {}).get("images", 0) for record in (stored, now))
+        raise DataError(
+            f"the {changed[0]} split of {task.name} is not the one {folder} was made with ({then} images then, {found} "
+            "now): put the data back, or train again"
+        )
+    return task
+
+
+def _record(task: Task) -> dict[str, Any]:
+    splits = {name: {"images": len(rows), "sha256": split_digest(rows)} for name, rows in task.splits.items()}
+    return {"task": task.name, "version": task.version, "splits": splits}
 
 
 def _weights_file(options: RunOptions) -> Path | None:

@@ -66,11 +66,11 @@ def render(numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def encoded(numbers: NDArray[np.int64]) -> Iterator[bytes]:
-    """Yield images as PNG files."""
+    """Yield images as PNG files: one bit a pixel, stored uncompressed, so that no library changes their bytes."""
     for start in range(0, len(numbers), 64):
         for pixels in render(numbers[start : start + 64]):
             file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "png")
+            Image.fromarray(pixels).convert("1").save(file, "png", compress_level=0)
             yield file.getvalue()
 
 

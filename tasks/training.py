@@ -170,7 +170,7 @@ def run(
     seconds = fit(model, train_data, options, folder, device)
     model.cpu().eval()
     save_adapter(model, folder / ADAPTER)
-    save_run(folder, options, task.labels)
+    save_run(folder, options, task)
 
     folded = fold_adapter(model).to(device).eval()
     value = score(

@@ -52,6 +52,7 @@ def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> N
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == [
         "adapter",
         "backbone.json",
+        "data.json",
         "labels.json",
         "options.json",
         "result.json",
@@ -205,6 +206,42 @@ def test_unfinished_or_foreign_folders(tiny_backbone: Path, tmp_path: Path) -> N
     (tmp_path / "run" / "labels.json").write_text("{}")
     with pytest.raises(DataError, match="no list of class names"):
         evaluate_run(tmp_path / "run")
+
+
+def pictures(folder: Path, count: int) -> str:
+    for number in range(count):
+        file = folder / ("red", "blue")[number % 2] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 200) if number % 2 else (200, 0, number)).save(file)
+    return str(folder)
+
+
+def test_data_that_changed_since_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    """One more picture divides a folder without splits anew: training images would be tested on."""
+    data = pictures(tmp_path / "data", 20)
+    result = train(options(tiny_backbone, tmp_path / "run", data=data))
+    assert evaluate_run(tmp_path / "run", device="cpu").value == result.value
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert {name: split["images"] for name, split in record["splits"].items()} == {"train": 16, "test": 4}
+    pictures(tmp_path / "data", 30)
+    with pytest.raises(
+        DataError, match=r"train split of data is not the one .* \(16 images then, 24 now\): put the data"
+    ):
+        evaluate_run(tmp_path / "run", device="cpu")
+    for number in range(20, 30):
+        (tmp_path / "data" / ("red", "blue")[number % 2] / f"{number:03}.png").unlink()
+    assert evaluate_run(tmp_path / "run", device="cpu").value == result.value
+    (tmp_path / "data").rename(tmp_path / "moved")
+    stored = json.loads((tmp_path / "run" / "options.json").read_text())
+    (tmp_path / "run" / "options.json").write_text(json.dumps({**stored, "data": str(tmp_path / "moved")}))
+    assert evaluate_run(tmp_path / "run", device="cpu").value == result.value, "the same pictures elsewhere"
+    for wrong, said in (
+        ({**record, "version": "0"}, "version 0 of moved, here is version 1"),
+        ([], "holds no record of splits"),
+    ):
+        (tmp_path / "run" / "data.json").write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=said):
+            evaluate_run(tmp_path / "run", device="cpu")
 
 
 def test_wrong_arguments_of_an_evaluation(tiny_backbone: Path, tmp_path: Path) -> None:

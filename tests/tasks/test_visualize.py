@@ -19,7 +19,7 @@ from pyra.backbones.layers import merging_layers
 from pyra.backbones.loading import image_shape, preprocessing
 from pyra.errors import ConfigError
 from pyra.scripts.main import main
-from pyra.tasks.data import load_task
+from pyra.tasks.data import Task, load_task
 from pyra.tasks.images import decode_image
 from pyra.tasks.options import RunOptions
 from pyra.tasks.pictures import _GAP
@@ -53,7 +53,7 @@ def run_folder(folder: Path, backbone: str, method: str, **merging: Any) -> str:
             if "channel_weight" in name:
                 weight.normal_()
     save_adapter(model, folder / "adapter")
-    save_run(folder, options, ["cat", "dog"])
+    save_run(folder, options, Task("pets", ("cat", "dog"), {}))
     return str(folder)
 
 
