@@ -6,6 +6,7 @@ The public names are loaded on first use: what lists methods and tasks needs no 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pyra.adapters.saving import save_adapter as save_adapter
     from pyra.adapters.several import add_adapter as add_adapter
     from pyra.adapters.several import switch_adapter as switch_adapter
+
+# Where bitsandbytes is installed, peft imports it, and on a CPU it advises to install one more package.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "adapt": "pyra.adapters.adapting",

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pyra.adapters.adapting import carry_reactivation
@@ -23,7 +24,9 @@ from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, PyraError, ScheduleError
 
 
-def load_adapter(base: nn.Module, folder: str | Path, *, revision: str | None = None) -> nn.Module:
+def load_adapter(
+    base: nn.Module, folder: str | Path, *, revision: str | None = None, is_trainable: bool = False
+) -> nn.Module:
     """Attach a saved adapter to a fresh backbone of the same width and depth.
 
     Merging, PEFT layers, re-activation weights and head are restored. The backbone may have another token count: a
@@ -35,6 +38,7 @@ def load_adapter(base: nn.Module, folder: str | Path, *, revision: str | None = 
         folder: written by :func:`pyra.adapters.save_adapter`, by ``save_pretrained`` or by stock peft; or
             ``"owner/name"`` on the hub, of which weights and configuration are fetched, no code.
         revision: branch, tag or commit on the hub.
+        is_trainable: let what was trained go on training; otherwise everything is frozen.
 
     Returns:
         The model as :func:`pyra.adapters.adapt` returns it, in evaluation mode.
@@ -49,7 +53,7 @@ def load_adapter(base: nn.Module, folder: str | Path, *, revision: str | None = 
 
     After each of them the backbone is as it was.
     """
-    if isinstance(base, PeftModel):
+    if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ConfigError(
             "this model already carries an adapter: give load_adapter the backbone, or fold_adapter first"
         )
@@ -57,12 +61,12 @@ def load_adapter(base: nn.Module, folder: str | Path, *, revision: str | None = 
         stored = read_adapter(local_folder(folder, revision))
         starts_anew = stored.peft is not None and changes_weights(stored.peft)  # PiSSA and the like, by stock peft
         with unchanged_on_error(base, altered=[base] if starts_anew else []):
-            return _attach(base, stored).eval()
+            return _attach(base, stored, is_trainable).eval()
     except PyraError as error:
         raise type(error)(f"{error} (the backbone is as it was)") from None
 
 
-def _attach(base: nn.Module, stored: StoredAdapter) -> nn.Module:
+def _attach(base: nn.Module, stored: StoredAdapter, trains: bool) -> nn.Module:
     prompted = isinstance(stored.peft, VisualPromptsConfig)  # its tokens are to be counted when the model is wrapped
     if stored.pyra is not None and not prompted:
         _merge(base, stored, stored.pyra)
@@ -71,10 +75,13 @@ def _attach(base: nn.Module, stored: StoredAdapter) -> nn.Module:
         needed = {f"{name}.{key}" for name in trained_modules(base) for key in modules[name].state_dict()}
         check_fit(base, base.state_dict(), stored, needed)
         base.load_state_dict(stored.weights, strict=False)
-        return base.requires_grad_(False)
+        base.requires_grad_(False)
+        for name in trained_modules(base) if trains else ():
+            modules[name].requires_grad_(True)
+        return base
     config = stored.peft
     try:
-        config.inference_mode = True
+        config.inference_mode = not trains
         origin, config.base_model_name_or_path = config.base_model_name_or_path, None
         model = get_peft_model(base, config)  # puts None there for models that are not transformers', with a warning
         config.base_model_name_or_path = origin
@@ -86,7 +93,8 @@ def _attach(base: nn.Module, stored: StoredAdapter) -> nn.Module:
     if stored.pyra is not None and prompted:
         _merge(base, stored, stored.pyra)
         carry_reactivation(model)
-        model.requires_grad_(False)
+        if not trains:
+            model.requires_grad_(False)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_fit(base, own, stored, set(own))
     set_peft_model_state_dict(model, stored.weights)

@@ -1,4 +1,4 @@
-"""The ``PeftModel`` of a backbone that merges: what it saves by itself says what merges.
+"""The ``PeftModel`` of a backbone that merges: it saves what merges, and its adapters bring their rates.
 
 ``save_pretrained``, and with it ``push_to_hub`` and the checkpoints of ``transformers.Trainer``, would else leave
 ``pyra_config.json`` out.
@@ -56,6 +56,15 @@ class SavesMerging:
                 file.unlink(missing_ok=True)
             else:
                 write_json(file, merging_record(config, schedule))
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make an adapter the active one, with its rate."""
+        from pyra.adapters.several import apply_rate, note_rate  # which imports this module
+
+        model: Any = self
+        note_rate(model)
+        self.base.set_adapter(model, adapter_name, inference_mode=inference_mode)
+        apply_rate(model, adapter_name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the class that this one is made of."""

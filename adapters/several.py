@@ -105,19 +105,24 @@ def switch_adapter(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ConfigError: where the model has no such adapter.
 
-    PEFT's own ``set_adapter`` switches weights, but no rate; what it did is put right by the next call here, and when
-    the adapter is saved.
+    ``model.set_adapter`` does the same, and like PEFT's own makes the adapter trainable; here one that is frozen stays
+    so. What ``delete_adapter`` does is put right by the next call here, and when the adapter is saved.
     """
     names = list(model.peft_config) if isinstance(model, PeftModel) else []
     if name not in names:
         raise ConfigError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}")
     assert isinstance(model, PeftModel)
+    note_rate(model)
+    model.set_adapter(name, inference_mode=not _trains(model))
+    apply_rate(model, name)
+    return model
+
+
+def note_rate(model: PeftModel) -> None:
+    """Keep the rate of the active adapter for its return."""
     settle(model)
     if wrapped_config(model) is not None:
         _states(model)[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
-    model.set_adapter(name, inference_mode=not _trains(model))
-    _apply(model, name)
-    return model
 
 
 def _trains(module: nn.Module) -> bool:
@@ -137,7 +142,7 @@ def settle(model: nn.Module) -> None:
     if wrapped_config(model) is None:
         model.__dict__["pyra_active"] = model.active_adapter
     if model.__dict__.get("pyra_active") != model.active_adapter:
-        _apply(model, model.active_adapter)
+        apply_rate(model, model.active_adapter)
 
 
 def merging_of(model: PeftModel, name: str) -> tuple[PyraConfig | None, list[int] | None]:
@@ -153,7 +158,8 @@ def merging_of(model: PeftModel, name: str) -> tuple[PyraConfig | None, list[int
     return (_STILL, [0] * geometry(model).depth) if config is None else (config, schedule)
 
 
-def _apply(model: PeftModel, name: str) -> None:
+def apply_rate(model: PeftModel, name: str) -> None:
+    """Merge as one of the adapters does, which is active."""
     config, schedule = _states(model).get(name, (None, None))
     if config is not None and schedule is not None:
         switch(model, config, schedule)
@@ -210,7 +216,7 @@ def _add(model: PeftModel, stored: StoredAdapter, name: str) -> None:
     states = _states(model)
     states[name] = (wrapped_config(model), wrapped_schedule(model)) if stored.pyra is not None else (None, None)
     states[active] = before
-    _apply(model, active)
+    apply_rate(model, active)
 
 
 def _make_room(model: PeftModel, stored: StoredAdapter) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -46,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PyraError as error:
         print(f"pyra: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has seen enough: `pyra tasks ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.filename is None:
             raise
@@ -84,7 +86,6 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         known = [*VERBS, "--help", "--version"]
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, known)}; verbs are {', '.join(VERBS)}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed, it gives advice when imported
     return int(importlib.import_module(VERBS[verb][0]).main(rest))
 
 

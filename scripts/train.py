@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(results_table([result]))
     if result.skipped_images:
         print(f"{result.skipped_images} unreadable images were left out")
+    if options.elastic:
+        print(f"scored at the highest rate; any other: pyra evaluate {options.output} --rate {options.rates()[0]}")
     print(
         f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx"
     )

@@ -56,7 +56,7 @@ def validate(name: str, root: str | None = None, decode: bool = True) -> Checked
             for split in _parts(images):
                 image_dataset(task, split, image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
     except DataError as error:
-        return Checked(name, error=str(error))
+        return Checked(name, error=str(error).partition(". Repair or remove")[0])
     notes = [text for text in wrong if text.partition(" ")[0] not in small]
     lost = _classes(task.splits["test"]) - _classes(task.splits["train"])
     if lost:

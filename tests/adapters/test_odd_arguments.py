@@ -20,6 +20,7 @@ from pyra.adapters import (
     save_adapter,
 )
 from pyra.adapters.adalora import RankAllocation
+from pyra.adapters.elastic import RateSampler
 from pyra.adapters.methods import peft_config
 from pyra.errors import ConfigError
 
@@ -52,6 +53,31 @@ def test_no_names(tmp_path: Path) -> None:
         load_adapter(build("timm-vit"), "me/mine", revision=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'owner/name'"):
         push_adapter(lora(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "prompts", None])
+def test_a_loaded_adapter_goes_on_training_where_it_is_asked_for(method: str | None, tmp_path: Path) -> None:
+    made = adapt(build("timm-vit"), pyra=config(), peft=None if method is None else peft_config(method, 2))
+    trained = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+    save_adapter(made, tmp_path)
+    frozen = load_adapter(build("timm-vit"), tmp_path)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    loaded = load_adapter(build("timm-vit"), tmp_path, is_trainable=True)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+    assert not loaded.training
+
+
+def test_a_backbone_takes_one_adapter_to_load(tmp_path: Path) -> None:
+    save_adapter(lora(), tmp_path)
+    base = build("timm-vit")
+    load_adapter(base, tmp_path)
+    with pytest.raises(ConfigError, match="already carries an adapter"):
+        load_adapter(base, tmp_path)
+
+
+def test_a_sampler_takes_rates() -> None:
+    with pytest.raises(ConfigError, match=r"two rates, such as \[0.3, 0.8\], got PeftModel"):
+        RateSampler(lora())
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, "8", True])

@@ -240,3 +240,18 @@ def test_a_local_adapter_needs_a_grid_when_it_is_added_too(tmp_path: Path) -> No
     with pytest.raises(UnsupportedModelError, match="matching='local' needs a grid"):
         add_adapter(model, local, "local")
     assert list(model.peft_config) == ["default"] and model.pyra_config.rate == 0.1
+
+
+def test_pefts_own_switch_brings_the_rate(tmp_path: Path) -> None:
+    found = {name: saved(tmp_path / name, CONFIGS[name], seed=i) for i, name in enumerate(("slow", "fast", "still"))}
+    model = load_adapter(build(FAMILY), found["slow"][0])
+    for name in ("fast", "still"):
+        add_adapter(model, found[name][0], name)
+    for name in ("fast", "default", "still", "fast"):
+        model.set_adapter(name)
+        torch.testing.assert_close(values(model), found["slow" if name == "default" else name][1])
+        assert any(parameter.requires_grad for parameter in model.parameters()), "as PEFT's own"
+        switch_adapter(model, name)
+        torch.testing.assert_close(values(model), found["slow" if name == "default" else name][1])
+    with pytest.raises(ValueError, match="nothing"):
+        model.set_adapter("nothing")
