@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="pyra train",
         description=(
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
-            f"methods (all but linear, full, tome and pyra are names for --peft, too):\n{listed}"
+            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed}"
         ),
         example="pyra train --task demo --method pyra --rate 0.7 --output runs/a",
     )

@@ -17,6 +17,7 @@ METHODS = {
     "linear": "train a new head on the frozen backbone",
     "full": "train all weights",
     **PEFT_METHODS,
+    "adapter": "the same as bottleneck",
     "tome": "tokens merged, beside --peft",
     "pyra": "tokens merged and re-activated, beside --peft",
 }
@@ -169,7 +170,9 @@ class RunOptions:
 
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
-        name = (self.peft or "lora") if self.method in MERGING else self.method
+        name = (
+            (self.peft or "lora") if self.method in MERGING else {"adapter": "bottleneck"}.get(self.method, self.method)
+        )
         if name not in PEFT_METHODS:
             return None
         return peft_config(name, self.rank, self.dropout, [target.strip() for target in self.targets.split(",")])
