@@ -49,7 +49,7 @@ class RateSampler:
             raise ConfigError(f"the rule of an elastic training must be one of {', '.join(RULES)}, got {rule!r}")
         if not isinstance(rates, (list, tuple)):
             raise ConfigError(f"an elastic training needs two rates, such as [0.3, 0.8], got {type(rates).__name__}")
-        numbers = [rate for rate in rates or () if isinstance(rate, (int, float))]
+        numbers = [rate for rate in rates if isinstance(rate, (int, float))]
         if len(numbers) != 2 or len(rates) != 2 or not numbers[0] < numbers[1]:
             raise ConfigError(f"an elastic training needs a lowest and a higher rate, got {rates}")
         if steps_between < 1:

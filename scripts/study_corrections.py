@@ -157,7 +157,7 @@ PAIRS = {
     "8: prompts do not merge": ("prompts", "merging-prompts"),
     "11: evaluation images are not lossy": ("pyra", "jpeg"),
 }
-"""Number in the list of faults, and what is compared: without the fault, and with it."""
+"""Number and name of a fault (results/README.md), and what is compared: without it, and with it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
