@@ -37,3 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx"
     )
     return 0
+
+
+if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
+    import sys
+
+    from pyra.scripts.main import main as pyra
+
+    sys.exit(pyra(["train", *sys.argv[1:]]))

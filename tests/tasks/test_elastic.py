@@ -10,9 +10,10 @@ import pytest
 
 from pyra.errors import ConfigError
 from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import load_run
-from pyra.tasks.training import ImageTrainer, train
+from pyra.tasks.training import train
 
 
 def options(backbone: Path, output: Path, **changes: Any) -> RunOptions:
