@@ -130,6 +130,11 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         normalised = pixels.float().div_(255).sub_(self._mean).div_(self._std)
         return {"pixel_values": normalised, "labels": self.labels[index]}
 
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The images as they are stored, without those left out."""
+        return self._rows
+
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""
         stored = self._rows[index]["image"]

@@ -36,10 +36,12 @@ from pyra.tasks.evaluation import data_for, measure, score
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output
 from pyra.tasks.probing import frozen_features, probe_of
+from pyra.tasks.provenance import provenance
 from pyra.tasks.results import RunResult, environment
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
+from pyra.tasks.usage import Meter
 
-PROTOCOL = "last epoch, test split scored once"
+PROTOCOL, SELECTION = "fixed", "none: the last epoch of the given options"
 
 
 class ImageTrainer(Trainer):
@@ -167,6 +169,7 @@ def run(
 ) -> RunResult:
     """Train a model made by :func:`pyra.tasks.runs.new_model`, save it, then score and time what was saved."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    meter = Meter(device).start()
     seconds = fit(model, train_data, options, folder, device)
     model.cpu().eval()
     save_adapter(model, folder / ADAPTER)
@@ -200,7 +203,10 @@ def run(
         num_test=len(test_data),
         skipped_images=len(train_data.broken) + len(test_data.broken),
         protocol=PROTOCOL,
+        selection=SELECTION,
         environment=environment(str(device)),
+        **provenance(options, task, model, train_data, test_data),
+        **meter.stop().columns(),
         **measured.columns(),
     )
     write_json(folder / "result.json", result)
