@@ -16,10 +16,12 @@ from pyra.backbones.loading import preprocessing
 from pyra.errors import ConfigError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, image_dataset
+from pyra.tasks.provenance import scored
 from pyra.tasks.results import RunResult, environment, read_result
 from pyra.tasks.runs import DTYPES, load_run, resolve_device, task_of_run
 from pyra.tasks.scoring import score
 from pyra.tasks.timing import throughput
+from pyra.tasks.usage import Meter
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def evaluate_run(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size must be a positive number, got {batch_size}")
     target = resolve_device(device)
+    meter = Meter(target).start()
     model, options, labels = load_run(folder)
     if rate is not None:
         if wrapped_config(model) is None:
@@ -121,6 +124,9 @@ def evaluate_run(
     value = score(model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])
     batch = torch.stack([data[i]["pixel_values"] for i in range(min(batch_size, len(data)))])
     measured = measure(model, batch.to(target))
+    columns = scored(task, task.splits["train"]["label"][:], data)
+    if columns["test_sha256"] == trained.test_sha256:  # its training images may have been some of the split only
+        columns["majority_value"] = trained.majority_value
     result = dataclasses.replace(
         trained,
         value=value,
@@ -128,8 +134,10 @@ def evaluate_run(
         throughput_batch_size=len(batch),
         num_test=len(data),
         skipped_images=len(data.broken),
-        protocol=f"{split} split",
+        split=split,
         environment=environment(str(target)),
+        **columns,
+        **meter.stop().columns(),
     )
     write_json(folder / evaluation_file(split, rate), result.to_dict())
     return result

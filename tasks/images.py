@@ -145,6 +145,11 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Return the colour that is zero after normalisation, 0..255 a channel."""
         return tuple(round(255 * value) for value in self._mean.flatten().tolist())
 
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The images as they are stored, without those left out."""
+        return self._rows
+
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""
         stored = self._rows[index]["image"]

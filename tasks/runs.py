@@ -32,6 +32,7 @@ from pyra.files import read_json, write_json
 from pyra.records import record_problems
 from pyra.tasks.data import Task, load_task, split_digest
 from pyra.tasks.options import DEVICES, RunOptions
+from pyra.tasks.provenance import remember_weights
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
@@ -75,6 +76,7 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
     """
     model = new_backbone(options, num_classes)
     geometry(model)
+    remember_weights(model, options.pretrained or options.checkpoint is not None)
     if options.method == "full":
         return model
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())

@@ -19,12 +19,14 @@ from pyra.tasks.fitting import processes
 from pyra.tasks.fitting.fit import check_trackers, fit, forget_checkpoints
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output
+from pyra.tasks.provenance import provenance
 from pyra.tasks.results import RESULT_FILE, RunResult, environment, read_result
 from pyra.tasks.resuming import finished, interrupted
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
 from pyra.tasks.scoring import predict, value_of
+from pyra.tasks.usage import Meter
 
-PROTOCOL = "last epoch, test split scored once"
+PROTOCOL, SELECTION = "fixed", "none: the last epoch of the given options"
 PREDICTIONS, TRAINING = "predictions.json", "training.json"
 
 
@@ -103,6 +105,7 @@ def run(
     """Train a model made by :func:`pyra.tasks.runs.new_model`, save it, then score and time what was saved."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes.on_main(lambda: save_run(folder, options, task))
+    meter = Meter(device).start()
     try:
         fitted = fit(model, train_data, options, folder, device)
     except TrainingError:  # its checkpoints lead to the same end
@@ -138,11 +141,15 @@ def run(
             num_test=len(test_data),
             skipped_images=len(train_data.broken) + len(test_data.broken),
             protocol=PROTOCOL,
+            selection=SELECTION,
             environment=environment(str(device)),
+            **provenance(options, task, model, train_data, test_data),
+            **meter.stop().columns(),
             **measure(folded, batch.to(device)).columns(),
         )
         write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
-        write_json(folder / PREDICTIONS, {"split": "test", "predictions": predictions, "labels": labels})
+        answers = {"split": "test", "sha256": result.test_sha256, "predictions": predictions, "labels": labels}
+        write_json(folder / PREDICTIONS, answers)
         write_json(folder / RESULT_FILE, result)
         forget_checkpoints(folder)
         return result

@@ -1,0 +1,72 @@
+"""What the reader of a table has to know: rows that cannot be compared, baselines that are missing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from pyra.tasks.cards import card_files
+from pyra.tasks.reports.groups import Group
+
+_MUST_AGREE = {
+    "task_version": "versions of the task",
+    "test_sha256": "images",
+    "preprocessing": "preprocessing",
+    "metric": "metrics",
+}
+_NAMED = 4
+
+
+def warnings(groups: Sequence[Group]) -> list[str]:
+    """Name what keeps rows of one task and split from being compared."""
+    found = []
+    runs = [one for one in groups if not one.baseline]
+    for task, split in dict.fromkeys((one.row.task, one.row.split) for one in runs):
+        same = [one for one in runs if (one.row.task, one.row.split) == (task, split)]
+        for name, what in _MUST_AGREE.items():
+            values: dict[Any, list[str]] = {}
+            for one in same:
+                if getattr(one.row, name) is not None:
+                    values.setdefault(getattr(one.row, name), []).append(one.row.method)
+            if len(values) > 1:
+                listed = "; ".join(f"{str(value)[:12]}: {_listed(methods)}" for value, methods in values.items())
+                where = task if split == "test" else f"{task} ({split})"
+                found.append(f"warning: rows of {where} cannot be compared, they differ in {what} ({name}: {listed})")
+    old = sum(len(one.members) for one in runs if one.row.test_sha256 is None or one.row.settings is None)
+    if old:
+        found.append(
+            f"{old} of {sum(len(one.members) for one in runs)} runs do not say on which images or with which settings "
+            "(earlier versions did not): runs that differ in those may stand in one row"
+        )
+    return found
+
+
+def missing_probes(groups: Sequence[Group]) -> list[str]:
+    """Say how to make the linear probes that a table of results lacks."""
+    runs = [one for one in groups if not one.baseline]
+    probed = {(one.row.task, one.row.backbone) for one in runs if one.row.method == "linear"}
+    wanted = {(one.row.task, one.row.backbone): one for one in runs}
+    lines = [
+        f"no linear probe of {backbone or 'the backbone'} on {task}: {_command(one)}"
+        for (task, backbone), one in wanted.items()
+        if (task, backbone) not in probed
+    ]
+    more = f"{len(lines) - _NAMED} more linear probes are missing"
+    return lines if len(lines) <= _NAMED + 1 else [*lines[:_NAMED], more]
+
+
+def _command(one: Group) -> str:
+    row = one.row
+    # A task of somebody's own folder is called as the folder is, which may be anywhere.
+    own = row.task not in card_files()
+    data = ["--data", row.data_source or row.task] if own else ["--task", row.task]
+    backbone = ["--backbone", row.backbone] if row.backbone not in (None, "demo") else []
+    size = ["--image-size", str(row.image_size)] if backbone and row.image_size else []
+    parts = ["pyra", "train", *data, *backbone, *size, "--method", "linear", "--output", f"runs/{row.task}-linear"]
+    return shlex.join(str(part) for part in parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
