@@ -36,6 +36,8 @@ class RunOptions:
     task: str | None = option(None, "a shipped task by name ('demo' unless --data is given)")
     data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
     root: str | None = option(None, "folder with the data of shipped tasks that bring none (PYRA_DATA by default)")
+    shots: int | None = option(None, "train on this many images of each class only (few-shot: 1, 2, 4, 8, 16)")
+    shots_seed: int = option(0, "seed of the draw of --shots, apart from --seed")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     method: str = option("pyra", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     peft: str | None = option(
@@ -108,7 +110,7 @@ class RunOptions:
         for name in ("rank", "epochs", "batch_size", "lr"):
             if not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
-        for name in ("image_size", "reactivation_lr", "limit"):
+        for name in ("image_size", "reactivation_lr", "limit", "shots"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {getattr(self, name)}")
         for name in ("dropout", "drop_path"):
@@ -118,6 +120,10 @@ class RunOptions:
             problems.append(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
         if not 0 <= self.seed < 2**32:
             problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
+        if not 0 <= self.shots_seed < 2**32:
+            problems.append(f"--shots-seed must be in [0, 2**32), got {self.shots_seed}")
+        if self.shots_seed and self.shots is None:
+            problems.append("--shots-seed goes with --shots")
         if re.fullmatch(DEVICES, self.device) is None:
             problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if self.method in MERGING and len(given) == 1 and not of_rates:

@@ -28,6 +28,7 @@ from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
 from pyra.tasks.data import Task, load_task, split_digest
+from pyra.tasks.fewshot import few_shot
 from pyra.tasks.options import DEVICES, RunOptions
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
@@ -89,6 +90,16 @@ def save_run(folder: Path, options: RunOptions, task: Task) -> None:
     write_json(folder / _LABELS, list(task.labels))
 
 
+def task_for(options: RunOptions) -> Task:
+    """Load the task that a run trains and is scored on: every run gets its task here.
+
+    Raises:
+        DataError: where the task cannot be loaded, or has too few images of a class for ``--shots``.
+    """
+    task = load_task(options.task, options.data, options.root)
+    return task if options.shots is None else few_shot(task, options.shots, options.shots_seed)
+
+
 def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) -> Task:
     """Load the task of a run.
 
@@ -97,7 +108,7 @@ def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) 
             would not be those of what was trained, and training images could be among the test images.
     """
     folder = Path(folder)
-    task = load_task(options.task, options.data, options.root)
+    task = task_for(options)
     if list(task.labels) != list(labels):
         raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
     if not (folder / _DATA).is_file():  # of an earlier version

@@ -31,13 +31,13 @@ from pyra.adapters.recipe import parameter_groups
 from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
-from pyra.tasks.data import ImageDataset, Task, load_task
+from pyra.tasks.data import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure, score
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output
 from pyra.tasks.probing import frozen_features, probe_of
 from pyra.tasks.results import RunResult, environment
-from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
+from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run, task_for
 
 PROTOCOL = "last epoch, test split scored once"
 
@@ -130,7 +130,7 @@ def train(options: RunOptions) -> RunResult:
     """
     set_seed(options.seed)
     device = resolve_device(options.device)
-    task = load_task(options.task, options.data, options.root)
+    task = task_for(options)
     _refuse_output_in_data(options)
     model = new_model(options, len(task.labels))
     with staged_output(options.output, "run", options.overwrite) as folder:
