@@ -10,7 +10,6 @@ A shipped task has a card (:mod:`pyra.tasks.cards`); ``load_task(data=...)`` mak
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,13 @@ import datasets
 
 from pyra.errors import DataError, did_you_mean
 from pyra.tasks.cards import card_files, load_card
+from pyra.tasks.decoding import split_digest
 from pyra.tasks.folders import read_folder
 from pyra.tasks.images import ImageDataset
+from pyra.tasks.pixel_cache import default_cache
 from pyra.tasks.sources import load_splits
 
-__all__ = ["ImageDataset", "Task", "image_dataset", "load_task", "task_names"]
+__all__ = ["ImageDataset", "Task", "image_dataset", "load_task", "split_digest", "task_names"]
 
 LIMIT_SEED = 0
 
@@ -95,23 +96,6 @@ def load_task(task: str | None = None, data: str | None = None, root: str | None
     )
 
 
-def split_digest(rows: datasets.Dataset) -> str:
-    """Return the SHA-256 of a split: its images as they are stored, and their labels, in order.
-
-    Raises:
-        DataError: where an image cannot be read.
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        image = row["image"] or {"bytes": None, "path": None}
-        try:
-            stored = Path(image["path"]).read_bytes() if image["bytes"] is None and image["path"] else image["bytes"]
-        except OSError as error:
-            raise DataError(f"{image['path']} cannot be read: {error.strerror}") from None
-        digest.update(hashlib.sha256(stored or b"").digest() + int(row["label"]).to_bytes(4, "big"))
-    return digest.hexdigest()
-
-
 def image_dataset(
     task: Task,
     split: str,
@@ -122,10 +106,12 @@ def image_dataset(
     interpolation: str = "bicubic",
     skip_broken: bool = False,
     limit: int | None = None,
+    cache: bool = True,
 ) -> ImageDataset:
     """Decode a split into normalised tensors (see :class:`~pyra.tasks.images.ImageDataset`).
 
-    ``limit`` keeps that many images, drawn with a fixed seed and left in their order.
+    ``limit`` keeps that many images, drawn with a fixed seed and left in their order. With ``cache`` decoded images are
+    kept where :func:`pyra.tasks.pixel_cache.default_cache` says.
 
     Raises:
         DataError: unknown split, an empty one, or images that cannot be read.
@@ -146,6 +132,7 @@ def image_dataset(
         interpolation=interpolation,
         skip_broken=skip_broken,
         name=f"{task.name}/{split}",
+        cache=default_cache() if cache else None,
     )
 
 

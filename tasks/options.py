@@ -39,6 +39,7 @@ class RunOptions:
     shots: int | None = option(None, "train on this many images of each class only (few-shot: 1, 2, 4, 8, 16)")
     shots_seed: int = option(0, "seed of the draw of --shots, apart from --seed")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
+    cache: bool = option(True, "keep decoded images on disk for later runs (in PYRA_CACHE, else ~/.cache/pyra)")
     method: str = option("pyra", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     peft: str | None = option(
         None,

@@ -150,7 +150,7 @@ def _refuse_output_in_data(options: RunOptions) -> None:
 def splits(options: RunOptions, task: Task, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
     """Decode the train and test split of a task for a model."""
     train_data, test_data = (
-        data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit)
+        data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit, cache=options.cache)
         for split in ("train", "test")
     )
     return train_data, test_data
