@@ -163,6 +163,7 @@ class PixelCache:
         return Pixels(mapped.view(shape), broken)
 
     def _write(self, key: Key, images: Iterator[NDArray[np.uint8] | str], name: str) -> None:
+        """Write an entry; not forced to disk: after a power cut, the check in :meth:`_read` finds what is missing."""
         digest, size, broken = hashlib.sha256(), 0, {}
         file = self._pixels / f"{key.name}.u8"
         with atomic_path(file) as temporary, temporary.open("wb") as out:
