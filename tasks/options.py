@@ -34,7 +34,11 @@ class RunOptions:
     pretrained: bool = option(True, "start from pretrained weights")
     image_size: int | None = option(None, "image side in pixels; the backbone's own by default")
     task: str | None = option(None, "a shipped task by name ('demo' unless --data is given)")
-    data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
+    data: str | None = option(
+        None, "your data: a folder of images in class folders or of parquet files, or owner/name[@revision] on the hub"
+    )
+    image_column: str | None = option(None, "column of --data with the images, where type and name do not tell")
+    label_column: str | None = option(None, "column of --data with the labels, the same")
     root: str | None = option(None, "folder with the data of shipped tasks that bring none (PYRA_DATA by default)")
     shots: int | None = option(None, "train on this many images of each class only (few-shot: 1, 2, 4, 8, 16)")
     shots_seed: int = option(0, "seed of the draw of --shots, apart from --seed")
@@ -85,6 +89,9 @@ class RunOptions:
             raise ConfigError("; ".join(problems))
         if self.task is not None and self.data is not None:
             problems.append("give --task or --data, not both")
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None and self.data is None:
+                problems.append(f"--{name.replace('_', '-')} goes with --data")
         if self.method not in METHODS:
             problems.append(
                 f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}"

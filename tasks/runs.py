@@ -27,6 +27,7 @@ from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
+from pyra.tasks.columns import Columns
 from pyra.tasks.data import Task, load_task, split_digest
 from pyra.tasks.fewshot import few_shot
 from pyra.tasks.options import DEVICES, RunOptions
@@ -96,7 +97,8 @@ def task_for(options: RunOptions) -> Task:
     Raises:
         DataError: where the task cannot be loaded, or has too few images of a class for ``--shots``.
     """
-    task = load_task(options.task, options.data, options.root)
+    columns = Columns(options.image_column, options.label_column)
+    task = load_task(options.task, options.data, options.root, columns)
     return task if options.shots is None else few_shot(task, options.shots, options.shots_seed)
 
 
