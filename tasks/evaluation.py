@@ -45,9 +45,15 @@ class Measured:
 
 
 def data_for(
-    model: nn.Module, task: Task, split: str, *, skip_broken: bool = False, limit: int | None = None
+    model: nn.Module,
+    task: Task,
+    split: str,
+    *,
+    skip_broken: bool = False,
+    limit: int | None = None,
+    cache: bool = True,
 ) -> ImageDataset:
-    """Decode a split the way ``model`` was pretrained to see images."""
+    """Decode a split the way ``model`` was pretrained to see images, or find it decoded in the cache."""
     prepared = preprocessing(model)
     return image_dataset(
         task,
@@ -57,6 +63,7 @@ def data_for(
         std=prepared.std,
         skip_broken=skip_broken,
         limit=limit,
+        cache=cache,
     )
 
 
@@ -118,7 +125,14 @@ def evaluate_run(
         set_rate(model, rate)
     trained = read_result(folder)
     task = task_of_run(folder, options, labels)
-    data = data_for(model, task, split, skip_broken=skip_broken or options.skip_broken, limit=options.limit)
+    data = data_for(
+        model,
+        task,
+        split,
+        skip_broken=skip_broken or options.skip_broken,
+        limit=options.limit,
+        cache=options.cache,
+    )
     model = model.to(target)
     batch_size = batch_size or options.batch_size
     value = score(model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])

@@ -35,9 +35,16 @@ class RunOptions:
     pretrained: bool = option(True, "start from pretrained weights")
     image_size: int | None = option(None, "image side in pixels; the backbone's own by default")
     task: str | None = option(None, "a shipped task by name ('demo' unless --data is given)")
-    data: str | None = option(None, "your data: a folder of images in class folders, or of parquet files")
+    data: str | None = option(
+        None, "your data: a folder of images in class folders or of parquet files, or owner/name[@revision] on the hub"
+    )
+    image_column: str | None = option(None, "column of --data with the images, where type and name do not tell")
+    label_column: str | None = option(None, "column of --data with the labels, the same")
     root: str | None = option(None, "folder with the data of shipped tasks that bring none (PYRA_DATA by default)")
+    shots: int | None = option(None, "train on this many images of each class only (few-shot: 1, 2, 4, 8, 16)")
+    shots_seed: int = option(0, "seed of the draw of --shots, apart from --seed")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
+    cache: bool = option(True, "keep decoded images on disk for later runs (in PYRA_CACHE, else ~/.cache/pyra)")
     method: str = option("pyra", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     peft: str | None = option(
         None,
@@ -97,6 +104,9 @@ class RunOptions:
             raise ConfigError("; ".join(problems))
         if self.task is not None and self.data is not None:
             problems.append("give --task or --data, not both")
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None and self.data is None:
+                problems.append(f"--{name.replace('_', '-')} goes with --data")
         if self.method not in METHODS:
             problems.append(
                 f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}"
@@ -124,7 +134,7 @@ class RunOptions:
         for name in ("rank", "epochs", "batch_size", "lr", "accumulate", "save_steps"):
             if not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
-        for name in ("image_size", "reactivation_lr", "head_lr", "limit"):
+        for name in ("image_size", "reactivation_lr", "head_lr", "limit", "shots"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {getattr(self, name)}")
         for name in ("dropout", "drop_path", "smoothing"):
@@ -136,6 +146,10 @@ class RunOptions:
         problems += self._augmentation_problems()
         if not 0 <= self.seed < 2**32:
             problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
+        if not 0 <= self.shots_seed < 2**32:
+            problems.append(f"--shots-seed must be in [0, 2**32), got {self.shots_seed}")
+        if self.shots_seed and self.shots is None:
+            problems.append("--shots-seed goes with --shots")
         if re.fullmatch(DEVICES, self.device) is None:
             problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if self.method in MERGING and len(given) == 1 and not of_rates:

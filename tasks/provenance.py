@@ -20,7 +20,19 @@ from pyra.tasks.options import RunOptions
 
 _OWN_FIELDS = frozenset({"backbone", "image_size", "task", "method", "seed", "epochs"})
 _NO_SETTINGS = frozenset(
-    ("checkpoint", "data", "root", "output", "overwrite", "resume", "device", "skip_broken", "track", "save_steps")
+    (
+        "checkpoint",
+        "data",
+        "root",
+        "output",
+        "overwrite",
+        "resume",
+        "device",
+        "skip_broken",
+        "track",
+        "save_steps",
+        "cache",
+    )
 )
 _DIGEST = "backbone_sha256"
 

@@ -30,7 +30,9 @@ from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
+from pyra.tasks.columns import Columns
 from pyra.tasks.data import Task, load_task, split_digest
+from pyra.tasks.fewshot import few_shot
 from pyra.tasks.options import DEVICES, RunOptions
 from pyra.tasks.provenance import remember_weights
 
@@ -102,6 +104,17 @@ def stored_options(options: RunOptions) -> dict[str, Any]:
     return values
 
 
+def task_for(options: RunOptions) -> Task:
+    """Load the task that a run trains and is scored on: every run gets its task here.
+
+    Raises:
+        DataError: where the task cannot be loaded, or has too few images of a class for ``--shots``.
+    """
+    columns = Columns(options.image_column, options.label_column)
+    task = load_task(options.task, options.data, options.root, columns)
+    return task if options.shots is None else few_shot(task, options.shots, options.shots_seed)
+
+
 def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) -> Task:
     """Load the task of a run.
 
@@ -110,7 +123,7 @@ def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) 
             would not be those of what was trained, and training images could be among the test images.
     """
     folder = Path(folder)
-    task = load_task(options.task, options.data, options.root)
+    task = task_for(options)
     if list(task.labels) != list(labels):
         raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
     if not (folder / DATA).is_file():  # of an earlier version

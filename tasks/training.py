@@ -13,7 +13,7 @@ from transformers import set_seed
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
-from pyra.tasks.data import ImageDataset, Task, load_task
+from pyra.tasks.data import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure
 from pyra.tasks.fitting import processes
 from pyra.tasks.fitting.fit import check_trackers, fit, forget_checkpoints
@@ -22,7 +22,7 @@ from pyra.tasks.output import staged_output
 from pyra.tasks.provenance import provenance
 from pyra.tasks.results import RESULT_FILE, RunResult, environment, read_result
 from pyra.tasks.resuming import finished, interrupted
-from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run
+from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run, task_for
 from pyra.tasks.scoring import predict, value_of
 from pyra.tasks.usage import Meter
 
@@ -46,7 +46,7 @@ def train(options: RunOptions) -> RunResult:
     processes.batch_of_each(options.batch_size, options.accumulate)
     processes.join(device)
     set_seed(options.seed)
-    task = load_task(options.task, options.data, options.root)
+    task = task_for(options)
     _refuse_output_in_data(options)
     if options.resume:
         earlier = processes.on_main(lambda: finished(options))
@@ -87,7 +87,7 @@ def _refuse_output_in_data(options: RunOptions) -> None:
 def splits(options: RunOptions, task: Task, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
     """Decode the train and test split of a task for a model."""
     train_data, test_data = (
-        data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit)
+        data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit, cache=options.cache)
         for split in ("train", "test")
     )
     return train_data, test_data
