@@ -99,7 +99,7 @@ class RunOptions:
             self.track = tuple(self.track)
         if isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool):
             self.rate = str(self.rate)
-        problems = type_problems(RunOptions, {f.name: getattr(self, f.name) for f in fields(self)})
+        problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
         if self.task is not None and self.data is not None:

@@ -25,7 +25,7 @@ from pyra.tasks.results import RESULT_FILE
 CLAIM_FILE = ".pyra-run"
 """Says which kind of output a folder holds."""
 
-Kind = Literal["run", "demo", "export"]
+Kind = Literal["run", "trial", "experiment", "demo", "export"]
 
 WRITTEN: dict[Kind, tuple[str, ...]] = {
     "run": (
@@ -41,6 +41,8 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "evaluation*.json",
         "export",
     ),
+    "trial": ("options.json", "data.json", "trial.json"),
+    "experiment": ("experiment.json", "selection.json", "summary.md", "trials", "linear", "seed-*"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),
 }
@@ -52,7 +54,8 @@ _INSIDE: dict[str, tuple[str, ...]] = {
 }
 """What pyra writes into folders of an output; with anything else in them they are not replaced."""
 
-_WORTH_KEEPING: dict[Kind, tuple[str, ...]] = {"run": ("adapter", "checkpoints/checkpoint-*/complete.json")}
+_CHECKPOINTS = "checkpoints/checkpoint-*/complete.json"
+_WORTH_KEEPING: dict[Kind, tuple[str, ...]] = {"run": ("adapter", _CHECKPOINTS), "trial": (_CHECKPOINTS,)}
 """What an interrupted output is kept for, as patterns."""
 
 _PARTIAL = ".partial-"
@@ -119,6 +122,30 @@ def staged_output(
         raise
     finally:
         os.close(lock)
+
+
+def claimed_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, resume: bool = False) -> Path:
+    """Return a folder for outputs of several runs, each of which is written on its own, marked as ours.
+
+    With ``overwrite`` what an earlier one of the same kind wrote is removed; with ``resume`` it stays.
+
+    Raises:
+        OutputError: as of :func:`staged_output`, before its block.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        _refuse_dangerous(folder, kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        if _earlier(folder, kind, overwrite or resume) and not resume:
+            for entry in [e for e in folder.iterdir() if any(fnmatch.fnmatch(e.name, p) for p in WRITTEN[kind])]:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        write_json(folder / CLAIM_FILE, {"kind": kind, "date": _now()})
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
+    return folder
 
 
 def unfinished(folder: str | os.PathLike[str], kind: Kind) -> list[Path]:
@@ -259,7 +286,7 @@ def _refuse_dangerous(folder: Path, kind: Kind) -> None:
         place = "the root of a git checkout"
     else:
         around = next((above for above in real.parents if _kind_of(above) is not None), None)
-        if around is not None and kind != "export":  # an export belongs into its run
+        if around is not None and kind != "export" and _kind_of(around) != "experiment":  # an export is of its run
             raise OutputError(f"{folder} lies inside another output of pyra, {around}: choose another --output")
         return
     raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from pyra.errors import DataError, OutputError
 from pyra.files import read_json
 from pyra.tasks.data import Task
+from pyra.tasks.fitting import processes
 from pyra.tasks.options import RunOptions
-from pyra.tasks.output import put_right, unfinished
+from pyra.tasks.output import Kind, put_right, staged_output, unfinished
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DATA, OPTIONS, data_record, stored_options
 
@@ -19,22 +22,45 @@ _FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_ste
 
 def finished(options: RunOptions) -> RunResult | None:
     """Return the result of a run with these options that is complete, or None."""
+    return read_result(options.output) if is_finished(options, "run", RESULT_FILE) else None
+
+
+def is_finished(options: RunOptions, kind: Kind, file: str) -> bool:
+    """Whether the output folder holds the last file of a complete run with these options."""
     folder = Path(options.output).expanduser()
     if folder.is_dir():
-        put_right(folder, "run")
-    if not (folder / RESULT_FILE).is_file() or _differing(folder, options) != []:
-        return None
-    return read_result(folder)
+        put_right(folder, kind)
+    return (folder / file).is_file() and _differing(folder, options) == []
 
 
-def interrupted(options: RunOptions, task: Task) -> Path | None:
+@contextmanager
+def shared_output(options: RunOptions, task: Task, kind: Kind = "run") -> Iterator[Path]:
+    """The folder of a run while it is written: the main process opens and ends it, every process knows it.
+
+    Raises:
+        OutputError: as of :func:`pyra.tasks.output.staged_output`.
+        OutputError, DataError: as of :func:`interrupted`.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> Path:
+            resumed = interrupted(options, task, kind) if options.resume else None
+            return stack.enter_context(staged_output(options.output, kind, options.overwrite, resumed))
+
+        folder = processes.on_main(enter)
+        yield folder
+        processes.wait()
+        processes.on_main(stack.close)
+
+
+def interrupted(options: RunOptions, task: Task, kind: Kind = "run") -> Path | None:
     """Return the newest interrupted run of the output folder to go on with, or None where there is none.
 
     Raises:
         OutputError: where the ones that are there have other options.
         DataError: where the task's data is not what the run began with.
     """
-    found = unfinished(options.output, "run")
+    found = unfinished(options.output, kind)
     differing = {entry: _differing(entry, options) for entry in found}
     fitting = [entry for entry, names in differing.items() if names == []]
     if fitting:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import set_seed
 
 from pyra.adapters import fold_adapter, save_adapter
@@ -16,66 +19,85 @@ from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure
 from pyra.tasks.fitting import processes
-from pyra.tasks.fitting.fit import check_trackers, fit, forget_checkpoints
+from pyra.tasks.fitting.fit import Watch, check_trackers, fit, forget_checkpoints
 from pyra.tasks.options import RunOptions
-from pyra.tasks.output import staged_output
+from pyra.tasks.probing import FeatureStore, probe_of
 from pyra.tasks.provenance import provenance
 from pyra.tasks.results import RESULT_FILE, RunResult, environment, read_result
-from pyra.tasks.resuming import finished, interrupted
+from pyra.tasks.resuming import finished, shared_output
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run, task_for
 from pyra.tasks.scoring import predict, value_of
 from pyra.tasks.usage import Meter
 
-PROTOCOL, SELECTION = "fixed", "none: the last epoch of the given options"
 PREDICTIONS, TRAINING = "predictions.json", "training.json"
 
 
-def train(options: RunOptions) -> RunResult:
+@dataclass(frozen=True)
+class Plan:
+    """Where a run stands in a protocol.
+
+    Attributes:
+        protocol: its name.
+        selection: the rule by which hyper-parameters and epoch are chosen, in words.
+        chosen: what was chosen before.
+        training: the images to train on; the training split by default.
+        stop_after: end after so many epochs of the options' schedule.
+        best_on_test: score the test split after every epoch and keep the best: the habit that flatters.
+        features: of a probe's images, where an experiment keeps them.
+    """
+
+    protocol: str = "fixed"
+    selection: str = "none: the last epoch of the given options"
+    chosen: dict[str, Any] | None = None
+    training: datasets.Dataset | None = None
+    stop_after: float | None = None
+    best_on_test: bool = False
+    features: FeatureStore | None = None
+
+
+def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
     """Train, score and time one run, and write its folder.
 
     All that can be wrong with the input is found before the output folder is touched, and an earlier run there is
-    replaced when the new one is complete. With ``options.resume`` an interrupted run goes on from its newest complete
+    replaced when the new one is complete. Without a plan the last epoch of the given options counts.
+    With ``options.resume`` an interrupted run goes on from its newest complete
     checkpoint, and a finished one is left as it is. In a distributed run every process calls this and gets the result.
 
     Raises:
         PyraError: for anything wrong with the options, the data, the backbone or the output folder.
         TrainingError: where the loss stops being a number.
     """
-    device = resolve_device(options.device)
-    check_trackers(options.track)
-    processes.batch_of_each(options.batch_size, options.accumulate)
-    processes.join(device)
-    set_seed(options.seed)
+    plan = plan or Plan()
+    device = ready(options)
     task = task_for(options)
-    _refuse_output_in_data(options)
+    refuse_output_in_data(options)
     if options.resume:
         earlier = processes.on_main(lambda: finished(options))
         if earlier is not None:
             return earlier
     model = new_model(options, len(task.labels))
-    with _shared_output(options, task) as folder:
+    with shared_output(options, task) as folder:
         if (folder / RESULT_FILE).exists():  # the process was killed between its last file and the swap
             return read_result(folder)
-        train_data, test_data = splits(options, task, model)
-        return run(options, task, model, train_data, test_data, folder, device)
+        train_data, test_data = splits(options, task, model, plan.training)
+        return run(options, task, model, train_data, test_data, folder, device, plan)
 
 
-@contextmanager
-def _shared_output(options: RunOptions, task: Task) -> Iterator[Path]:
-    """The folder that the main process opens and ends, known to every process."""
-    with ExitStack() as stack:
+def ready(options: RunOptions) -> torch.device:
+    """Check what a training needs around it, meet the other processes, seed, and return the device.
 
-        def enter() -> Path:
-            resumed = interrupted(options, task) if options.resume else None
-            return stack.enter_context(staged_output(options.output, "run", options.overwrite, resumed))
+    Raises:
+        ConfigError: for a device or a tracker that is not there, or a batch that does not divide.
+    """
+    device = resolve_device(options.device)
+    check_trackers(options.track)
+    processes.batch_of_each(options.batch_size, options.accumulate)
+    processes.join(device)
+    set_seed(options.seed)
+    return device
 
-        folder = processes.on_main(enter)
-        yield folder
-        processes.wait()
-        processes.on_main(stack.close)
 
-
-def _refuse_output_in_data(options: RunOptions) -> None:
+def refuse_output_in_data(options: RunOptions) -> None:
     """A run written among the images would be read as a class next time."""
     if options.data is None:
         return
@@ -84,13 +106,17 @@ def _refuse_output_in_data(options: RunOptions) -> None:
         raise OutputError(f"--output {options.output} lies inside --data {options.data}: choose a folder outside")
 
 
-def splits(options: RunOptions, task: Task, model: nn.Module) -> tuple[ImageDataset, ImageDataset]:
-    """Decode the train and test split of a task for a model."""
-    train_data, test_data = (
-        data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit, cache=options.cache)
-        for split in ("train", "test")
-    )
-    return train_data, test_data
+def splits(
+    options: RunOptions, task: Task, model: nn.Module, training: datasets.Dataset | None = None
+) -> tuple[ImageDataset, ImageDataset]:
+    """Decode the train and test split of a task for a model; ``training`` takes the place of the former."""
+    trained = task if training is None else dataclasses.replace(task, splits={**task.splits, "train": training})
+    return decode(options, trained, model, "train"), decode(options, task, model, "test")
+
+
+def decode(options: RunOptions, task: Task, model: nn.Module, split: str) -> ImageDataset:
+    """Decode a split of a task for a model, as the options say."""
+    return data_for(model, task, split, skip_broken=options.skip_broken, limit=options.limit, cache=options.cache)
 
 
 def run(
@@ -101,27 +127,24 @@ def run(
     test_data: ImageDataset,
     folder: Path,
     device: torch.device,
+    plan: Plan | None = None,
 ) -> RunResult:
     """Train a model made by :func:`pyra.tasks.runs.new_model`, save it, then score and time what was saved."""
+    plan = plan or Plan()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes.on_main(lambda: save_run(folder, options, task))
     meter = Meter(device).start()
     try:
-        fitted = fit(model, train_data, options, folder, device)
+        flattered = Watch(test_data, task.metric, task.higher_is_better, keep_best=True) if plan.best_on_test else None
+        more: dict[str, Any] = {"watch": flattered, "stop_after": plan.stop_after, "store": plan.features}
+        fitted = fit(model, train_data, options, folder, device, **more)
     except TrainingError:  # its checkpoints lead to the same end
         processes.on_main(lambda: forget_checkpoints(folder))
         raise
     model.cpu().eval()
     processes.on_main(lambda: _save_trained(model, folder))
     folded = fold_adapter(model).to(device).eval()
-    predictions, labels = predict(
-        folded,
-        test_data,
-        batch_size=options.batch_size,
-        device=device,
-        dtype=DTYPES[options.dtype],
-        description=f"{options.label}: test",
-    )
+    predictions, labels = _answers(folded, test_data, options, device, plan.features)
     batch = torch.stack([test_data[i]["pixel_values"] for i in range(min(options.batch_size, len(test_data)))])
 
     def finish() -> RunResult:
@@ -140,8 +163,9 @@ def run(
             train_seconds=fitted.seconds,
             num_test=len(test_data),
             skipped_images=len(train_data.broken) + len(test_data.broken),
-            protocol=PROTOCOL,
-            selection=SELECTION,
+            protocol=plan.protocol,
+            selection=plan.selection,
+            chosen=plan.chosen,
             environment=environment(str(device)),
             **provenance(options, task, model, train_data, test_data),
             **meter.stop().columns(),
@@ -155,6 +179,21 @@ def run(
         return result
 
     return processes.on_main(finish)
+
+
+def _answers(
+    folded: nn.Module, data: ImageDataset, options: RunOptions, device: torch.device, store: FeatureStore | None
+) -> tuple[list[int], list[int]]:
+    """What the finished model says of every image; a probe of an experiment goes on from stored features."""
+    model: nn.Module = folded
+    examples: Dataset[dict[str, Any]] = data
+    dtype = DTYPES[options.dtype]
+    head = probe_of(folded) if options.method == "linear" and store is not None else None
+    if head is not None and store is not None:
+        model = head
+        examples = store.features(folded, data, batch_size=options.batch_size, device=device, dtype=dtype)
+    said = f"{options.label}: test"
+    return predict(model, examples, batch_size=options.batch_size, device=device, dtype=dtype, description=said)
 
 
 def _save_trained(model: nn.Module, folder: Path) -> None:

@@ -40,7 +40,7 @@ from pyra.tasks.fitting.trainer import (
 )
 from pyra.tasks.images import ImageDataset
 from pyra.tasks.options import RunOptions
-from pyra.tasks.probing import frozen_features, probe_of
+from pyra.tasks.probing import FeatureStore, frozen_features, probe_of
 from pyra.tasks.runs import DTYPES
 from pyra.tasks.scoring import score
 
@@ -88,6 +88,7 @@ def fit(
     *,
     watch: Watch | None = None,
     stop_after: float | None = None,
+    store: FeatureStore | None = None,
 ) -> Fitted:
     """Train the weights that require gradients, from the newest complete checkpoint in the folder if there is one.
 
@@ -102,6 +103,7 @@ def fit(
         device: to train on.
         watch: a split to score at the end of every epoch.
         stop_after: end after so many epochs, on the learning rates of all ``options.epochs``.
+        store: where features of a probe are kept for the next one.
 
     Raises:
         ConfigError: for options that do not fit the data, the model or the number of processes.
@@ -111,7 +113,7 @@ def fit(
     saved = folder / checkpoints.FOLDER
     processes.on_main(lambda: checkpoints.drop_incomplete(saved))
     resumed = checkpoints.newest(saved)
-    trained, examples, watched = _what_is_trained(model, data, options, device, watch)
+    trained, examples, watched = _what_is_trained(model, data, options, device, watch, store)
     if options.gradient_checkpointing and trained is model:
         _checkpoint_gradients(model)
     arguments = training_arguments(options, saved, device, len(data))
@@ -212,7 +214,12 @@ def training_arguments(options: RunOptions, folder: Path, device: torch.device, 
 
 
 def _what_is_trained(
-    model: nn.Module, data: ImageDataset, options: RunOptions, device: torch.device, watch: Watch | None
+    model: nn.Module,
+    data: ImageDataset,
+    options: RunOptions,
+    device: torch.device,
+    watch: Watch | None,
+    store: FeatureStore | None,
 ) -> tuple[nn.Module, Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]:
     """Return the module that is trained, its examples, and those that are watched: a probe has features."""
     watched = None if watch is None else watch.data
@@ -224,7 +231,8 @@ def _what_is_trained(
         return model, examples, watched
 
     def features(images: ImageDataset) -> Dataset[dict[str, Any]]:
-        return frozen_features(model, images, batch_size=options.batch_size, device=device, dtype=DTYPES[options.dtype])
+        compute = frozen_features if store is None else store.features
+        return compute(model, images, batch_size=options.batch_size, device=device, dtype=DTYPES[options.dtype])
 
     return head, features(data), None if watched is None else features(watched)
 
