@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         example=(
             "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
-            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3 --output runs/b"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3"
         ),
     )
     from pyra.tasks.fitting import processes
@@ -73,8 +73,8 @@ def _several(options: ExperimentOptions) -> int:
         return 0
     folder = Path(options.output).expanduser()
     against = "linear" if len({result.method for result in results}) > 1 else None
-    write_text(folder / "summary.md", report([folder], style="markdown", against=against).text)
-    print(report([folder], against=against).text)
+    write_text(folder / "summary.md", report([str(folder)], style="markdown", against=against).text)
+    print(report([str(folder)], against=against).text)
     if options.protocol is not None:
         print(f"chosen: {results[0].chosen} ({results[0].selection}); tried: {folder / 'selection.json'}")
     print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")

@@ -60,13 +60,9 @@ def probe_options(options: ExperimentOptions) -> ExperimentOptions:
     kept = ("backbone", "checkpoint", "pretrained", "image_size", "task", "data", "root", "skip_broken", "shots",
             "shots_seed", "image_column", "label_column", "cache", "batch_size", "seed", "device", "dtype", "limit",
             "output", "overwrite", "resume", "protocol", "seeds")  # fmt: skip
-    return ExperimentOptions(
-        **{**fresh, **{name: getattr(options, name) for name in kept}},
-        method="linear",
-        epochs=LINEAR_EPOCHS,
-        lr=LINEAR_LR,
-        **({"tune": LINEAR_TUNE} if options.protocol else {}),
-    )
+    own = {"method": "linear", "epochs": LINEAR_EPOCHS, "lr": LINEAR_LR}
+    own |= {"tune": LINEAR_TUNE if options.protocol else None}
+    return ExperimentOptions(**{**fresh, **{name: getattr(options, name) for name in kept}, **own})
 
 
 def _opened(options: ExperimentOptions) -> Path:

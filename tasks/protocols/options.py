@@ -18,8 +18,8 @@ PROTOCOLS = {
 }
 SEEDS = 3
 
-_TUNED = ("rank", "dropout", "drop_path", "batch_size", "lr", "reactivation_lr", "head_lr", "layer_decay", "weight_decay",
-          "ema", "mixup", "cutmix", "smoothing", "randaugment", "scaled_gates", "peft")  # fmt: skip
+_TUNED = ("rank", "dropout", "drop_path", "batch_size", "lr", "reactivation_lr", "head_lr", "layer_decay",
+          "weight_decay", "ema", "mixup", "cutmix", "smoothing", "randaugment", "scaled_gates", "peft")  # fmt: skip
 """What a protocol may choose: nothing that changes the data or what a forward costs."""
 
 
