@@ -143,6 +143,8 @@ def claimed_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool =
                 else:
                     entry.unlink()
         write_json(folder / CLAIM_FILE, {"kind": kind, "date": _now()})
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
     return folder
@@ -209,9 +211,9 @@ def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
             f"--overwrite only replaces an earlier {kind}"
         )
     if found != kind:
-        raise OutputError(f"{folder} holds a {found}, not a {kind}: choose another --output")
+        raise OutputError(f"{folder} holds {_a(found)}, not {_a(kind)}: choose another --output")
     if not overwrite:
-        raise OutputError(f"{folder} already holds a {kind}: pass --overwrite to replace it or choose another --output")
+        raise OutputError(f"{folder} already holds {_a(kind)}: pass --overwrite to replace it or choose another --output")
     for name, known in _INSIDE.items():
         if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():
             foreign = sorted(entry.name for entry in (folder / name).iterdir() if entry.name not in known)
@@ -290,3 +292,7 @@ def _refuse_dangerous(folder: Path, kind: Kind) -> None:
             raise OutputError(f"{folder} lies inside another output of pyra, {around}: choose another --output")
         return
     raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

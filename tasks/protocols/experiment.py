@@ -94,7 +94,7 @@ def _by_protocol(
         plan = Plan(
             protocol="validation",
             selection=f"best epoch of {_counted(number)} on the {parts.origin}, seed {options.seed}",
-            chosen={**choice.changes, "stop_after_epoch": choice.epoch, "validation_score": choice.score},
+            chosen={**choice.changes, "epoch": choice.epoch, "validation_score": choice.score},
             training=parts.whole,
             stop_after=choice.epoch,
             features=features,
