@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from pyra.tasks.cards import card_files
+from pyra.tasks.cards import card_files, load_card
 from pyra.tasks.reports.groups import Group
 
 _MUST_AGREE = {
@@ -61,6 +61,10 @@ def _command(one: Group) -> str:
     # A task of somebody's own folder is called as the folder is, which may be anywhere.
     own = row.task not in card_files()
     data = ["--data", row.data_source or row.task] if own else ["--task", row.task]
+    if not own and not load_card(row.task)[0].brings_its_data:
+        data += ["--root", "FOLDER"]
+    limit = (row.settings or {}).get("limit")
+    data += [] if limit is None else ["--limit", str(limit)]
     backbone = ["--backbone", row.backbone] if row.backbone not in (None, "demo") else []
     size = ["--image-size", str(row.image_size)] if backbone and row.image_size else []
     parts = ["pyra", "train", *data, *backbone, *size, "--method", "linear", "--output", f"runs/{row.task}-linear"]
