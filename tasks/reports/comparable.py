@@ -12,6 +12,7 @@ from pyra.tasks.reports.groups import Group
 _MUST_AGREE = {
     "task_version": "versions of the task",
     "test_sha256": "images",
+    "train_sha256": "training images",
     "preprocessing": "preprocessing",
     "metric": "metrics",
 }
@@ -27,8 +28,9 @@ def warnings(groups: Sequence[Group]) -> list[str]:
         for name, what in _MUST_AGREE.items():
             values: dict[Any, list[str]] = {}
             for one in same:
-                if getattr(one.row, name) is not None:
-                    values.setdefault(getattr(one.row, name), []).append(one.row.method)
+                value = _few_shot(one) if name == "train_sha256" else getattr(one.row, name)
+                if value is not None:
+                    values.setdefault(value, []).append(one.row.method)
             if len(values) > 1:
                 listed = "; ".join(f"{str(value)[:12]}: {_listed(methods)}" for value, methods in values.items())
                 where = task if split == "test" else f"{task} ({split})"
@@ -54,6 +56,12 @@ def missing_probes(groups: Sequence[Group]) -> list[str]:
     ]
     more = f"{len(lines) - _NAMED} more linear probes are missing"
     return lines if len(lines) <= _NAMED + 1 else [*lines[:_NAMED], more]
+
+
+def _few_shot(one: Group) -> str | None:
+    """Return what was trained on; of few-shot runs, whose images are drawn, how many."""
+    shots = (one.row.settings or {}).get("shots")
+    return one.row.train_sha256 if shots is None else f"{shots} a class"
 
 
 def _command(one: Group) -> str:

@@ -111,6 +111,11 @@ def test_rows_that_cannot_be_compared_are_named(make) -> None:
     for name, values in (("task_version", "12"), ("preprocessing", ("squash", "crop")), ("metric", ("f1", "accuracy"))):
         (line,) = warnings(grouped(*(make(**(known | {name: value})) for value in values)))
         assert name in line and all(value in line for value in values)
+    shots = {"settings": {"shots": 4}, "test_sha256": "a"}
+    few = [make(**shots, train_sha256=str(seed), seed=seed) for seed in (0, 1)]
+    assert warnings(grouped(*few)) == []
+    (line,) = warnings(grouped(*few, make("lora", settings={}, test_sha256="a", train_sha256="c")))
+    assert "training images (train_sha256: 4 a class: pyra; c: lora)" in line
     assert warnings(grouped(make(**known), make(split="validation", settings={}, test_sha256="b"))) == []
     (line,) = warnings(grouped(make(), make(seed=1), make(**known)))
     assert line.startswith("2 of 3 runs do not say")
