@@ -67,12 +67,14 @@ def _few_shot(one: Group) -> str | None:
 def _command(one: Group) -> str:
     row = one.row
     # A task of somebody's own folder is called as the folder is, which may be anywhere.
-    own = row.task not in card_files()
-    data = ["--data", row.data_source or row.task] if own else ["--task", row.task]
-    if not own and not load_card(row.task)[0].brings_its_data:
+    settings = row.settings or {}
+    task = row.task.removesuffix(f"-{settings.get('shots')}shot")  # what few-shot tasks are called
+    own = task not in card_files()
+    data = ["--data", row.data_source or task] if own else ["--task", task]
+    if not own and not load_card(task)[0].brings_its_data:
         data += ["--root", "FOLDER"]
-    limit = (row.settings or {}).get("limit")
-    data += [] if limit is None else ["--limit", str(limit)]
+    for name in ("shots", "limit"):
+        data += [] if settings.get(name) is None else [f"--{name}", str(settings[name])]
     backbone = ["--backbone", row.backbone] if row.backbone not in (None, "demo") else []
     size = ["--image-size", str(row.image_size)] if backbone and row.image_size else []
     parts = ["pyra", "train", *data, *backbone, *size, "--method", "linear", "--output", f"runs/{row.task}-linear"]

@@ -128,13 +128,15 @@ def test_missing_linear_probes_come_with_their_command(make) -> None:
         make(backbone="vit small", image_size=112),
         make(task="my photos", backbone="demo", data_source="my photos"),
         make(task="dtd", backbone="demo", data_source="vtab/dtd", settings={"limit": 60}),
+        make(task="demo-4shot", backbone="demo", settings={"shots": 4}),
     ]
-    first, second, third = missing_probes(grouped(*rows))
+    first, second, third, fourth = missing_probes(grouped(*rows))
     assert first == (
         "no linear probe of vit small on demo: pyra train --task demo --backbone 'vit small' --image-size 112 "
         "--method linear --output runs/demo-linear"
     )
     assert "--data 'my photos'" in second and "--backbone" not in second
     assert "--task dtd --root FOLDER --limit 60 --method linear" in third
+    assert "pyra train --task demo --shots 4 --method linear --output runs/demo-4shot-linear" in fourth
     many = missing_probes(grouped(*(make(task=f"t{i}") for i in range(9))))
     assert len(many) == 5 and many[-1] == "5 more linear probes are missing"
