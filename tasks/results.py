@@ -138,7 +138,10 @@ class RunResult:
         if version == 1:
             data = _from_version_1(data)
         problems += record_problems(cls, data)
-        problems += [f"{name} is too large a number" for name, value in data.items() if not _is_finite(value)]
+        try:
+            problems += [f"{name} holds too large a number" for name, value in data.items() if not _is_finite(value)]
+        except RecursionError:
+            problems.append("nested too deeply")
         if problems:
             raise ConfigError("not a result: " + "; ".join(problems))
         return cls(**data)
@@ -161,7 +164,9 @@ def _is_finite(value: object) -> bool:
             return math.isfinite(value)
         except OverflowError:  # a whole number that no float holds
             return False
-    return True
+    if isinstance(value, (list, tuple)):
+        return all(_is_finite(item) for item in value)
+    return all(_is_finite(item) for item in value.values()) if isinstance(value, dict) else True
 
 
 def read_result(folder: str | os.PathLike[str]) -> RunResult:

@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from pyra.tasks.cards import card_files
+from pyra.tasks.cards import card_files, load_card
 from pyra.tasks.reports.groups import Group
 
 _MUST_AGREE = {
     "task_version": "versions of the task",
     "test_sha256": "images",
+    "train_sha256": "training images",
     "preprocessing": "preprocessing",
     "metric": "metrics",
 }
@@ -27,8 +28,9 @@ def warnings(groups: Sequence[Group]) -> list[str]:
         for name, what in _MUST_AGREE.items():
             values: dict[Any, list[str]] = {}
             for one in same:
-                if getattr(one.row, name) is not None:
-                    values.setdefault(getattr(one.row, name), []).append(one.row.method)
+                value = _few_shot(one) if name == "train_sha256" else getattr(one.row, name)
+                if value is not None:
+                    values.setdefault(value, []).append(one.row.method)
             if len(values) > 1:
                 listed = "; ".join(f"{str(value)[:12]}: {_listed(methods)}" for value, methods in values.items())
                 where = task if split == "test" else f"{task} ({split})"
@@ -56,11 +58,23 @@ def missing_probes(groups: Sequence[Group]) -> list[str]:
     return lines if len(lines) <= _NAMED + 1 else [*lines[:_NAMED], more]
 
 
+def _few_shot(one: Group) -> str | None:
+    """Return what was trained on; of few-shot runs, whose images are drawn, how many."""
+    shots = (one.row.settings or {}).get("shots")
+    return one.row.train_sha256 if shots is None else f"{shots} a class"
+
+
 def _command(one: Group) -> str:
     row = one.row
     # A task of somebody's own folder is called as the folder is, which may be anywhere.
-    own = row.task not in card_files()
-    data = ["--data", row.data_source or row.task] if own else ["--task", row.task]
+    settings = row.settings or {}
+    task = row.task.removesuffix(f"-{settings.get('shots')}shot")  # what few-shot tasks are called
+    own = task not in card_files()
+    data = ["--data", row.data_source or task] if own else ["--task", task]
+    if not own and not load_card(task)[0].brings_its_data:
+        data += ["--root", "FOLDER"]
+    for name in ("shots", "limit"):
+        data += [] if settings.get(name) is None else [f"--{name}", str(settings[name])]
     backbone = ["--backbone", row.backbone] if row.backbone not in (None, "demo") else []
     size = ["--image-size", str(row.image_size)] if backbone and row.image_size else []
     parts = ["pyra", "train", *data, *backbone, *size, "--method", "linear", "--output", f"runs/{row.task}-linear"]

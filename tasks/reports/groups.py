@@ -16,7 +16,8 @@ from pyra.tasks.results import RunResult
 MAJORITY = "majority class"
 _SAME = (
     "task", "task_version", "split", "test_sha256", "metric", "higher_is_better", "preprocessing", "num_test", "method",
-    "rate", "schedule", "backbone", "weights_sha256", "image_size", "batch_size", "epochs", "protocol", "selection",
+    "rate", "schedule", "macs", "backbone", "weights_sha256", "image_size", "batch_size", "epochs", "protocol",
+    "selection",
 )  # fmt: skip
 _SHOWN = ("task", "method", "rate", "backbone", "protocol", "split")
 _SHORT = 8  # characters of a hash
@@ -46,6 +47,11 @@ class Group:
         return [] if self.baseline else [row.seed for row in self.rows]
 
     @property
+    def draws(self) -> list[tuple[int, int]]:
+        """Seed, and seed of the few-shot images, of each run."""
+        return [] if self.baseline else [draw_of(row) for row in self.rows]
+
+    @property
     def mean(self) -> float:
         """Mean of the values."""
         return float(statistics.mean(row.value for row in self.rows))
@@ -70,7 +76,9 @@ class Group:
 
     def devices(self) -> set[tuple[str | None, int | None]]:
         """Return device and batch of every measured speed."""
-        return {(row.environment.get("device"), row.throughput_batch_size) for row in self.rows}
+        named = [row.environment.get("device") for row in self.rows]
+        devices = [None if device is None else str(device) for device in named]
+        return {(device, row.throughput_batch_size) for device, row in zip(devices, self.rows, strict=True)}
 
 
 def group(found: Sequence[Found], by_seed: bool = False) -> tuple[list[Group], list[str]]:
@@ -85,19 +93,18 @@ def group(found: Sequence[Found], by_seed: bool = False) -> tuple[list[Group], l
     Returns:
         The groups in order of first appearance, and what the reader has to know.
     """
-    together: dict[str, dict[int, list[Found]]] = {}
+    together: dict[str, dict[tuple[int, int], list[Found]]] = {}
     for one in found:
         key = _text({**identity(one.row), "seed": one.row.seed if by_seed else None})
-        together.setdefault(key, {}).setdefault(one.row.seed, []).append(one)
+        together.setdefault(key, {}).setdefault(draw_of(one.row), []).append(one)
     notes, groups = [], []
-    for seeds in together.values():
-        newest = {seed: max(same, key=lambda one: one.date) for seed, same in sorted(seeds.items())}
-        for seed, same in sorted(seeds.items()):
+    for draws in together.values():
+        newest = {draw: max(same, key=lambda one: one.date) for draw, same in sorted(draws.items())}
+        for draw, same in sorted(draws.items()):
             if len({one.file.parent for one in same}) > 1:
                 named = _places([one.file.parent for one in same])
-                notes.append(
-                    f"seed {seed} of {_name(newest[seed].row)} is there {len(same)} times ({named}): the newest counts"
-                )
+                who = f"seed {draw_text(draw)} of {_name(newest[draw].row)}"
+                notes.append(f"{who} is there {len(same)} times ({named}): the newest counts")
         groups.append(Group(tuple(newest.values())))
     return groups, notes
 
@@ -108,13 +115,34 @@ def identity(row: RunResult) -> dict[str, Any]:
     What was chosen by the rule of the protocol may differ between seeds, and so may few-shot training images.
     """
     chosen = set(row.chosen or {})
-    chosen |= {"epoch", "epochs"} if {"epoch", "epochs"} & chosen else set()
+    for together in ({"epoch", "epochs"}, {"rate", "schedule", "macs"}):
+        chosen |= together if together & chosen else set()
     same = {name: getattr(row, name) for name in _SAME if name not in chosen}
     settings = {name: value for name, value in (row.settings or {}).items() if name not in chosen}
     drawn = settings.get("shots") is not None
+    if drawn:
+        settings.pop("shots_seed", None)
     adapter = {} if chosen else dict(row.adapter or {})
     train = None if drawn else row.train_sha256
     return {**same, "train_sha256": train, "settings": settings, "adapter": adapter}
+
+
+def draw_of(row: RunResult) -> tuple[int, int]:
+    """Return the seed of a run and, for few-shot training, the seed that drew its images, else 0."""
+    settings = row.settings or {}
+    draw = settings.get("shots_seed") if settings.get("shots") is not None else 0
+    return row.seed, draw if isinstance(draw, int) else 0
+
+
+def draw_text(draw: tuple[int, int]) -> str:
+    """Return what tables call a seed."""
+    return f"{draw[0]} draw {draw[1]}" if draw[1] else str(draw[0])
+
+
+def seeds_text(one: Group) -> str:
+    """Return the seeds of a group, or their number where there are many."""
+    draws = one.draws
+    return (",".join(map(draw_text, draws)) if len(draws) <= 5 else f"{len(draws)} seeds") or "-"
 
 
 def differences(groups: Sequence[Group], by_seed: bool = False) -> list[str]:

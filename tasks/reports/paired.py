@@ -6,19 +6,20 @@ Each run says in ``predictions.json`` what it answered: ``labels`` and ``predict
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import read_json
 from pyra.tasks.comparison import Difference, paired_difference
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.formats import Table
-from pyra.tasks.reports.groups import Group, differences, shown
+from pyra.tasks.reports.groups import Group, differences, draw_of, draw_text, shown
 from pyra.tasks.reports.table import value_text
 from pyra.tasks.results import PROTOCOLS, RESULT_FILE
 
@@ -27,7 +28,7 @@ _CONTEXT = (
     "task", "task_version", "split", "test_sha256", "metric", "preprocessing", "backbone", "weights_sha256",
     "image_size",
 )  # fmt: skip
-_DRAWS, _FEWER_DRAWS, _MANY_IMAGES = 5000, 1000, 20_000
+_DRAWS, _FEWEST_DRAWS, _DRAWN = 5000, 1000, 20_000_000  # images drawn in all: a second
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Comparison:
 
     ours: Group
     theirs: Group
-    seeds: list[int]
+    draws: list[tuple[int, int]]
     images: int
     difference: Difference
 
@@ -62,9 +63,8 @@ def compare(groups: Sequence[Group], method: str) -> tuple[list[Comparison], lis
         )
     references = [one for one in runs if one.row.method == method]
     made, notes = [], []
-    for one in runs:
-        if one.row.method == method:
-            continue
+    others = [one for one in runs if one.row.method != method]
+    for one in tqdm(others, desc="comparing", unit="method", disable=None, leave=False):
         try:
             found = _comparison(one, _reference(one, references))
             made.append(found)
@@ -88,7 +88,7 @@ def comparison_table(made: Sequence[Comparison], method: str) -> Table:
         difference, low, high = (value_text(metric, x, sign=True) for x in (found.difference, found.low, found.high))
         names = [shown(one.ours, name) for name in ("task", "method", "protocol", "backbone")]
         shares = [value_text(metric, value) for value in (found.ours, found.theirs)]
-        seeds = ",".join(map(str, one.seeds))
+        seeds = ",".join(map(draw_text, one.draws))
         lines.append(
             [*names, text, shown(one.ours, "rate"), *shares, difference, f"{low} to {high}", seeds, f"{one.images:,}"]
         )
@@ -105,7 +105,7 @@ def comparison_record(one: Comparison) -> dict[str, Any]:
     """Return a comparison with full precision, as fractions."""
     return {
         "compared_with": one.theirs.row.method,
-        "compared_seeds": one.seeds,
+        "compared_seeds": [draw_text(draw) for draw in one.draws],
         "difference": one.difference.difference,
         "difference_low": one.difference.low,
         "difference_high": one.difference.high,
@@ -135,18 +135,18 @@ def _equal(one: Group, other: Group, name: str) -> bool:
 def _comparison(ours: Group, theirs: Group) -> Comparison:
     if ours.row.metric != "accuracy":
         raise _NoPairs(f"it takes answers that are right or wrong (accuracy), the metric is {ours.row.metric}")
-    left, right = ({member.row.seed: member for member in side.members} for side in (ours, theirs))
-    seeds = sorted(left.keys() & right.keys())
-    if not seeds:
+    left, right = ({draw_of(member.row): member for member in side.members} for side in (ours, theirs))
+    draws = sorted(left.keys() & right.keys())
+    if not draws:
         raise _NoPairs(f"they share no seed ({_listed(left)} and {_listed(right)})")
-    answers = [[_right(side[seed]) for seed in seeds] for side in (left, right)]
+    answers = [[_right(side[draw]) for draw in draws] for side in (left, right)]
     labels = [one[0] for side in answers for one in side]
     if not all(np.array_equal(labels[0], one) for one in labels[1:]):
         raise _NoPairs(f"the labels in their {PREDICTIONS} differ")
     images = len(labels[0])
-    draws = _DRAWS if images <= _MANY_IMAGES else _FEWER_DRAWS
+    times = min(_DRAWS, max(_FEWEST_DRAWS, _DRAWN // (images * len(draws))))
     pairs = [[one[1].astype(np.float32) for one in side] for side in answers]
-    return Comparison(ours, theirs, seeds, images, paired_difference(pairs[0], pairs[1], draws=draws))
+    return Comparison(ours, theirs, draws, images, paired_difference(pairs[0], pairs[1], draws=times))
 
 
 def _right(one: Found) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -180,5 +180,5 @@ def _is_class(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def _listed(seeds: dict[int, Found]) -> str:
-    return ", ".join(map(str, sorted(seeds)))
+def _listed(draws: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(map(draw_text, sorted(draws)))

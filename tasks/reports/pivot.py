@@ -189,7 +189,8 @@ def _add_averages(made: Pivot, places: Iterable[tuple[Group, str]], task_axis: i
             if not there:
                 continue
             if len(there) < len(cards):
-                lacking.append(f"{label} lacks {len(cards) - len(there)} of {len(cards)} tasks")
+                if not any(one.baseline for one in tasks.values()):
+                    lacking.append(f"{label} lacks {len(cards) - len(there)} of {len(cards)} tasks")
                 continue
             averages = _averages(cards, tasks)
             if averages is None:
@@ -212,7 +213,7 @@ def _averages(cards: Sequence[TaskCard], tasks: dict[str, Group]) -> tuple[Cell,
     if len({(tasks[card.name].row.metric, tasks[card.name].row.higher_is_better) for card in cards}) > 1:
         return None
     first = tasks[cards[0].name]
-    seeds = first.seeds if all(tasks[card.name].seeds == first.seeds for card in cards) else []
+    seeds = first.seeds if all(tasks[card.name].draws == first.draws for card in cards) else []
     of_seeds = [{card.name: tasks[card.name].rows[index].value for card in cards} for index in range(len(seeds))]
     means = {card.name: tasks[card.name].mean for card in cards}
     cells = []

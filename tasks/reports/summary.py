@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyra.tasks.reports.formats import Table
-from pyra.tasks.reports.groups import Group, differences, shown
+from pyra.tasks.reports.groups import Group, differences, seeds_text, shown
 from pyra.tasks.reports.table import macs_unit, metric_name, number_text, protocol_label, value_text
 
 SORTS = ("name", "value", "rate", "macs", "speed")
@@ -16,8 +16,8 @@ _MEASURED = (
 )  # fmt: skip
 _SHARED = (
     "unit", "throughput_batch_size", "trained_parameters", "macs", "plain_macs", "schedule", "image_size",
-    "preprocessing", "batch_size", "epochs", "num_test", "task_version", "test_sha256", "train_sha256", "weights_sha256", "data_source",
-    "selection", "settings", "adapter", "energy_of",
+    "preprocessing", "batch_size", "epochs", "num_test", "task_version", "test_sha256", "train_sha256",
+    "weights_sha256", "data_source", "selection", "settings", "adapter", "energy_of",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def summary(groups: Sequence[Group]) -> Table:
     columns["rate"] = [shown(one, "rate") for one in groups]
     header, in_cell = value_header(groups)
     columns[header] = [value_cell(one, in_cell) for one in groups]
-    columns["seeds"] = [seeds_text(one.seeds) for one in groups]
+    columns["seeds"] = [seeds_text(one) for one in groups]
     columns["trained parameters"] = ["-" if one.baseline else _parameters(one) for one in groups]
     unit, size = macs_unit([one.row for one in groups])
     columns[f"MACs ({unit})"] = ["-" if one.baseline else number_text(one.row.macs / size) for one in groups]
@@ -76,15 +76,6 @@ def value_cell(one: Group, named: bool = False) -> str:
     """Return mean and standard deviation of a group as people read them."""
     text = value_text(one.row.metric, one.mean, one.deviation)
     return f"{_metric(one)} {text}" if named else text
-
-
-def seeds_text(seeds: Sequence[int]) -> str:
-    """Return the seeds, or their number where there are many.
-
-    >>> seeds_text([0, 1, 2]), seeds_text(range(12)), seeds_text([])
-    ('0,1,2', '12 seeds', '-')
-    """
-    return (",".join(map(str, seeds)) if len(seeds) <= 5 else f"{len(seeds)} seeds") or "-"
 
 
 def records(groups: Sequence[Group]) -> list[dict[str, Any]]:

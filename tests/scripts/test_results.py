@@ -146,6 +146,32 @@ def test_only_broken_files_are_named_with_what_to_do(tmp_path: Path, capsys: pyt
     assert "'task' is missing" in error and "pyra train" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("style", ["plain", "markdown", "latex", "json", "csv"])
+@pytest.mark.parametrize("more", [[], ["--pivot", "method,task"], ["--pivot", "rate,seed"], ["--compare", "odd"]])
+def test_odd_rows_break_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], style: str, more: list[str]
+) -> None:
+    odd: list[dict[str, Any]] = [
+        {"value": 1e300, "macs": 10**300, "images_per_second": 1e308, "metric": "loss", "higher_is_better": False},
+        {"value": -1e308, "metric": "loss", "higher_is_better": False, "seed": 1, "macs": -5},
+        {"method": "", "task": "", "backbone": None, "rate": -3.0, "environment": {}},
+        {"method": "日本語|&_%\n\x1b[2J#$~^\\{}", "environment": {"device": {"a": 1}, "date": 3}},
+        {"chosen": {"lr": [1]}, "settings": {"lr": {}}, "adapter": {"a": {"b": [1, {"c": 2}]}}, "seed": 7},
+        {"protocol": "published", "environment": {"device": ["x"], "date": "nonsense"}, "unit": "tokens"},
+    ]
+    for number, row in enumerate(odd):
+        write(tmp_path / str(number), row.pop("method", "odd"), 50, row.pop("seed", 0))
+        file = tmp_path / str(number) / "result.json"
+        write_json(file, json.loads(file.read_text()) | row | ({"method": "other"} if number == 4 else {}))
+    assert main(["results", str(tmp_path), "--format", style, *more]) == 0
+    out = capsys.readouterr().out
+    assert "日本語" in out
+    if style in ("plain", "markdown", "latex"):
+        assert "\x1b" not in out and "1.000e+300" in out
+    if style == "json":
+        json.loads(out)
+
+
 def test_answers_without_torch(runs: Path) -> None:
     code = (
         "import sys; from pyra.scripts.main import main; "

@@ -104,6 +104,17 @@ def test_numbers_that_are_none_are_refused(tmp_path, text):
         read_result(tmp_path)
 
 
+def test_numbers_within_settings_are_checked_too(tmp_path):
+    for settings in ({"lr": [1, {"a": float("inf")}]}, {"lr": 10**400}):
+        with pytest.raises(ConfigError, match="settings holds too large a number"):
+            RunResult.from_dict(make().to_dict() | {"settings": settings})
+    deep = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        RunResult.from_dict(make().to_dict() | {"settings": deep})
+
+
 def test_environment_is_json_and_says_where():
     here = environment()
     assert {"python", "torch", "timm", "transformers", "peft", "pyra", "device", "threads", "git_commit",

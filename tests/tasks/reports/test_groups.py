@@ -8,7 +8,7 @@ import pytest
 
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.comparable import missing_probes, warnings
-from pyra.tasks.reports.groups import Group, differences, group, majority_groups
+from pyra.tasks.reports.groups import Group, differences, group, majority_groups, seeds_text
 
 
 def grouped(*rows, by_seed: bool = False) -> list[Group]:
@@ -27,9 +27,10 @@ def test_seeds_are_one_row_with_mean_and_deviation(make) -> None:
     "change",
     [
         {"task": "other"}, {"task_version": "2"}, {"test_sha256": "b"}, {"train_sha256": "b"}, {"method": "lora"},
-        {"rate": 0.5}, {"schedule": [3]}, {"backbone": "other"}, {"weights_sha256": "b"}, {"image_size": 96},
-        {"epochs": 3}, {"protocol": "published"}, {"selection": "another"}, {"settings": {"lr": 0.1}}, {"metric": "f1"},
-        {"adapter": {"peft": {"r": 4}}}, {"split": "validation"}, {"preprocessing": "crop"}, {"batch_size": 8},
+        {"rate": 0.5}, {"schedule": [3]}, {"macs": 3}, {"backbone": "other"}, {"weights_sha256": "b"}, {"epochs": 3},
+        {"image_size": 96}, {"protocol": "published"}, {"selection": "other"}, {"settings": {"lr": 0.1}},
+        {"metric": "f1"}, {"adapter": {"peft": {"r": 4}}}, {"split": "validation"}, {"preprocessing": "crop"},
+        {"batch_size": 8},
     ],
     ids=str,
 )  # fmt: skip
@@ -50,10 +51,17 @@ def test_what_was_chosen_may_differ_between_seeds(make) -> None:
     assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4, decay=0.1))) == 2
 
 
-def test_few_shot_seeds_train_on_different_images(make) -> None:
-    settings = {"shots": 4}
-    rows = [make(seed=seed, settings=settings, train_sha256=digest) for seed, digest in ((0, "a"), (1, "b"))]
-    assert len(grouped(*rows)) == 1
+def test_few_shot_draws_are_runs_of_one_method(make) -> None:
+    def row(seed: int, draw: int, shots: int = 4):
+        settings = {"shots": shots, "shots_seed": draw}
+        return make(seed=seed, settings=settings, train_sha256=f"{shots} {draw}", value=0.1 * (seed + draw))
+
+    (one,) = grouped(row(0, 0), row(0, 1), row(1, 1), row(1, 1))
+    assert one.draws == [(0, 0), (0, 1), (1, 1)] and one.mean == pytest.approx(0.1)
+    assert seeds_text(one) == "0,0 draw 1,1 draw 1"
+    assert len(grouped(row(0, 0), row(0, 0, shots=8))) == 2
+    plain = [make(settings={"shots": None, "shots_seed": draw}) for draw in (0, 1)]
+    assert len(grouped(*plain)) == 2
 
 
 def test_a_seed_that_is_there_twice_counts_once_and_is_told(make) -> None:
@@ -103,6 +111,11 @@ def test_rows_that_cannot_be_compared_are_named(make) -> None:
     for name, values in (("task_version", "12"), ("preprocessing", ("squash", "crop")), ("metric", ("f1", "accuracy"))):
         (line,) = warnings(grouped(*(make(**(known | {name: value})) for value in values)))
         assert name in line and all(value in line for value in values)
+    shots = {"settings": {"shots": 4}, "test_sha256": "a"}
+    few = [make(**shots, train_sha256=str(seed), seed=seed) for seed in (0, 1)]
+    assert warnings(grouped(*few)) == []
+    (line,) = warnings(grouped(*few, make("lora", settings={}, test_sha256="a", train_sha256="c")))
+    assert "training images (train_sha256: 4 a class: pyra; c: lora)" in line
     assert warnings(grouped(make(**known), make(split="validation", settings={}, test_sha256="b"))) == []
     (line,) = warnings(grouped(make(), make(seed=1), make(**known)))
     assert line.startswith("2 of 3 runs do not say")
@@ -114,12 +127,16 @@ def test_missing_linear_probes_come_with_their_command(make) -> None:
         make(method="linear", backbone="demo"),
         make(backbone="vit small", image_size=112),
         make(task="my photos", backbone="demo", data_source="my photos"),
+        make(task="dtd", backbone="demo", data_source="vtab/dtd", settings={"limit": 60}),
+        make(task="demo-4shot", backbone="demo", settings={"shots": 4}),
     ]
-    first, second = missing_probes(grouped(*rows))
+    first, second, third, fourth = missing_probes(grouped(*rows))
     assert first == (
         "no linear probe of vit small on demo: pyra train --task demo --backbone 'vit small' --image-size 112 "
         "--method linear --output runs/demo-linear"
     )
     assert "--data 'my photos'" in second and "--backbone" not in second
+    assert "--task dtd --root FOLDER --limit 60 --method linear" in third
+    assert "pyra train --task demo --shots 4 --method linear --output runs/demo-4shot-linear" in fourth
     many = missing_probes(grouped(*(make(task=f"t{i}") for i in range(9))))
     assert len(many) == 5 and many[-1] == "5 more linear probes are missing"

@@ -39,7 +39,7 @@ def test_a_difference_uses_the_seeds_that_both_have(tmp_path: Path, make) -> Non
         write(make, tmp_path, "lora", 0.8, seed)
         write(make, tmp_path, "pyra", 0.6, seed + 1, rate=0.7, protocol="published")
     (one,), notes = compared(tmp_path)
-    assert one.seeds == [1, 2] and one.images == 200 and notes == []
+    assert one.draws == [(1, 0), (2, 0)] and one.images == 200 and notes == []
     rows = {(found.row.method, found.row.seed): found.row.value for found in collect([tmp_path]).found}
     expected = np.mean([rows["pyra", seed] - rows["lora", seed] for seed in (1, 2)])
     assert one.difference.difference == pytest.approx(expected)
