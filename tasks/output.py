@@ -213,7 +213,9 @@ def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
     if found != kind:
         raise OutputError(f"{folder} holds {_a(found)}, not {_a(kind)}: choose another --output")
     if not overwrite:
-        raise OutputError(f"{folder} already holds {_a(kind)}: pass --overwrite to replace it or choose another --output")
+        raise OutputError(
+            f"{folder} already holds {_a(kind)}: pass --overwrite to replace it or choose another --output"
+        )
     for name, known in _INSIDE.items():
         if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():
             foreign = sorted(entry.name for entry in (folder / name).iterdir() if entry.name not in known)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pyra.adapters.adalora import RankAllocation
-from pyra.adapters.elastic import RateSampler, distillation_loss, uncompressed
+from pyra.adapters.elastic import RateSampler, StepPart, distillation_loss, uncompressed
 from pyra.errors import TrainingError
 from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
@@ -34,8 +34,8 @@ class Kept(Protocol):
 class ImageTrainer(Trainer):
     """Modifications against ``Trainer``.
 
-    The loss is that of a model that maps images to logits, at the rate of the step, of mixed images where that is asked
-    for. Checkpoints hold what is trained, and whatever is ``kept`` beside it, instead of the whole model.
+    The loss is that of a model that maps images to logits, at the rates of the step, of mixed images where that is
+    asked for. Checkpoints hold what is trained, and whatever is ``kept`` beside it, instead of the whole model.
     """
 
     sampler: RateSampler | None = None
@@ -43,29 +43,43 @@ class ImageTrainer(Trainer):
     ranks: RankAllocation | None = None
     mixing: Mixing | None = None
     smoothing: float = 0.0
-    part_of_step: int = 0
+    micro_batch: int = 0
+    part: StepPart | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kept: dict[str, Kept] = {}
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward passes of a batch, mixed where that is asked for: one, or one for each rate."""
+        step = self.state.global_step
+        if self.mixing is not None:
+            mixed = self.mixing(inputs["pixel_values"], inputs["labels"], step, self.micro_batch, processes.rank())
+            inputs = dict(zip(("pixel_values", "labels"), mixed, strict=True))
+            self.micro_batch += 1
+        if self.sampler is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        losses = []
+        # Each part is propagated back before the next is switched to: gradient checkpointing computes again.
+        for part in self.sampler.parts(step):
+            self.part = part
+            self.sampler.apply(self.accelerator.unwrap_model(model), part.rate)
+            taken = {name: value[part.rows(len(value))] for name, value in inputs.items()}
+            losses.append(super().training_step(model, taken, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of ``pixel_values`` [B, 3, S, S] against ``labels`` [B]; with a teacher, divergence from it."""
         pixels, labels = inputs["pixel_values"], inputs["labels"]
-        step = self.state.global_step
-        if self.mixing is not None:
-            pixels, labels = self.mixing(pixels, labels, step, self.part_of_step, processes.rank())
-            self.part_of_step += 1
         smoothing = 0.0 if self.mixing is not None else self.smoothing
         teacher = None
-        if self.sampler is not None:
-            inner = self.accelerator.unwrap_model(model)
-            self.sampler.apply(inner, step)
-            if self.distill:
-                with uncompressed(inner):
-                    teacher = model(pixels)
+        if self.distill:
+            with uncompressed(self.accelerator.unwrap_model(model)):
+                teacher = model(pixels)
         logits = model(pixels)
         heads = logits if isinstance(logits, tuple) else (logits,)  # distilled models train both heads
         loss = torch.stack([F.cross_entropy(head, labels, label_smoothing=smoothing) for head in heads]).mean()
@@ -74,6 +88,8 @@ class ImageTrainer(Trainer):
             loss = loss + distillation_loss(logits, teacher)
         if self.ranks is not None:
             loss = loss + self.ranks.penalty()
+        if self.part is not None:
+            loss = self.part.weight * loss
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -120,8 +136,8 @@ class StepStart(TrainerCallback):
             self.trainer.train_dataset.epoch = int(state.epoch or 0)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count the parts of a step from 0."""
-        self.trainer.part_of_step = 0
+        """Count the batches of a step from 0."""
+        self.trainer.micro_batch = 0
 
 
 class MovingRanks(TrainerCallback):
