@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
+    if processes.launched_alone():
+        print(
+            "note: the launcher started one process; for several on the CPU: "
+            "torchrun --nproc_per_node 2 -m pyra.scripts.train ...",
+            file=sys.stderr,
+        )
     try:
         return _single(options) if options.is_single() else _several(options)
     finally:
@@ -82,8 +89,6 @@ def _several(options: ExperimentOptions) -> int:
 
 
 if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
-    import sys
-
     from pyra.scripts.main import main as pyra
 
     sys.exit(pyra(["train", *sys.argv[1:]]))
