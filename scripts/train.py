@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
     from pyra.tasks.options import METHODS
+    from pyra.tasks.presets import FOLDER
     from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
 
     listed = "\n".join(f"  {name:<17}{text}" for name, text in METHODS.items())
     protocols = "\n".join(f"  {name:<17}{text}" for name, text in PROTOCOLS.items())
+    presets = "\n".join(f"  {file.stem}" for file in sorted(FOLDER.glob("*.yaml")))
     options = parse(
         ExperimentOptions,
         argv,
@@ -27,12 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=(
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
             f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed}\n\n"
-            f"protocols:\n{protocols}"
+            f"protocols:\n{protocols}\n\n"
+            f"presets, the published recipe by name (--config NAME):\n{presets}"
         ),
         example=(
             "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
-            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3\n"
+            "  pyra train --config paper-high --task cifar100 --root vtab-1k --protocol published --seeds 3"
         ),
+        presets=FOLDER,
     )
     from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
