@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from pyra.adapters import fold_adapter, save_adapter
+from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure
-from pyra.tasks.fitting import processes
+from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.fit import Watch, check_trackers, fit, forget_checkpoints
 from pyra.tasks.options import RunOptions
 from pyra.tasks.probing import FeatureStore, probe_of
@@ -141,7 +142,7 @@ def run(
     except TrainingError:  # its checkpoints lead to the same end
         processes.on_main(lambda: forget_checkpoints(folder))
         raise
-    model.cpu().eval()
+    model = _in_one_piece(model, options, task).cpu().eval()
     processes.on_main(lambda: _save_trained(model, folder))
     folded = fold_adapter(model).to(device).eval()
     predictions, labels = _answers(folded, test_data, options, device, plan.features)
@@ -179,6 +180,19 @@ def run(
         return result
 
     return processes.on_main(finish)
+
+
+def _in_one_piece(model: nn.Module, options: RunOptions, task: Task) -> nn.Module:
+    """Return a model that holds all of its weights: one whose layers are sharded stays so, and is made anew."""
+    if not checkpoints.is_sharded(model):
+        return model
+    trained = checkpoints.trained_tensors(model)
+    set_seed(options.seed)  # as before: what starts at random is the same
+    fresh = new_model(options, len(task.labels))
+    checkpoints.put_back(fresh, trained)
+    if options.elastic:
+        set_rate(fresh, options.rates()[-1])
+    return fresh
 
 
 def _answers(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pyra.tasks.fitting.checkpoints import laid_out_as, whole
+
 
 class MovingAverage(TrainerCallback):
     """Keeps ``decay * average + (1 - decay) * weights`` after every optimiser step.
@@ -31,11 +33,11 @@ class MovingAverage(TrainerCallback):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps."""
-        return {name: average.cpu().clone() for name, average in self.average.items()}
+        return {name: whole(average).cpu().clone() for name, average in self.average.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what a checkpoint kept."""
-        self.average = {name: tensors[name] for name in self.average}
+        self.average = {name: laid_out_as(p, tensors[name]) for name, p in _trained(self.model).items()}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

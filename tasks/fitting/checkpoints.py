@@ -8,7 +8,7 @@ what has none, or does not match, is never read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ _TENSORS, _SEAL = "trained.safetensors", "complete.json"
 
 def seal(folder: Path) -> None:
     """Declare a checkpoint complete."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != _SEAL)
-    write_json(
-        folder / _SEAL, {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files}
-    )
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _SEAL)
+    record = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files
+    }
+    write_json(folder / _SEAL, record)
 
 
 def newest(folder: Path) -> Path | None:
@@ -67,10 +68,19 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "ranknum" in name:
-            value = parameter.detach()
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 shards
-            found[name] = whole.cpu().clone()
+            found[name] = whole(parameter.detach()).cpu().clone()
     return found
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold the weights in parts (FSDP2)."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor that may lie in parts in several processes; all of them ask for it."""
+    gather: Callable[[], Tensor] | None = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()
 
 
 @torch.no_grad()
@@ -86,10 +96,11 @@ def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if wrong:
         raise CheckpointError(f"the checkpoint is of another model: {len(wrong)} tensors differ, such as {wrong[0]}")
     for name, parameter in own.items():
-        parameter.copy_(_as(tensors[name], parameter))
+        parameter.copy_(laid_out_as(parameter, tensors[name]))
 
 
-def _as(value: Tensor, parameter: Tensor) -> Tensor:
+def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return a whole tensor in the parts that a parameter lies in."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return value

@@ -117,16 +117,19 @@ def fit(
     if options.gradient_checkpointing and trained is model:
         _checkpoint_gradients(model)
     arguments = training_arguments(options, saved, device, len(data))
-    groups = parameter_groups(
-        model,
-        options.lr,
-        options.lr if options.reactivation_lr is None else options.reactivation_lr,
-        head_lr=options.head_lr,
-        layer_decay=options.layer_decay,
-    )
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+
+    def optimizer() -> torch.optim.Optimizer:
+        groups = parameter_groups(
+            model,
+            options.lr,
+            options.lr if options.reactivation_lr is None else options.reactivation_lr,
+            head_lr=options.head_lr,
+            layer_decay=options.layer_decay,
+        )
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+
     with tracking(options, folder):
-        trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
+        trainer = ImageTrainer(optimizer, model=trained, args=arguments, train_dataset=examples)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / options.accumulate)
@@ -156,7 +159,7 @@ def fit(
         checkpoints.put_back(trained, scores.best)
     if options.elastic:
         set_rate(model, options.rates()[-1])
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    broken = [name for name, tensor in checkpoints.trained_tensors(model).items() if not tensor.isfinite().all()]
     if broken:
         raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
     return Fitted(

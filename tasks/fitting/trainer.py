@@ -46,9 +46,15 @@ class ImageTrainer(Trainer):
     micro_batch: int = 0
     part: StepPart | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, make_optimizer: Callable[[], torch.optim.Optimizer], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.make_optimizer = make_optimizer
         self.kept: dict[str, Kept] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimiser when the parameters are where they are trained: sharding replaces them."""
+        self.optimizer = self.make_optimizer()
+        return self.optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None

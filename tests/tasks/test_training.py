@@ -111,16 +111,18 @@ def test_reactivation_learning_rate_applies(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published code filters on a wrong name, so that its option never applies: this looks at the optimiser."""
-    found, plain = {}, ImageTrainer.train
+    found: dict[Any, set[str]] = {}
+    plain = ImageTrainer.create_optimizer
 
-    def watched(self: ImageTrainer, **more: Any) -> Any:
+    def watched(self: ImageTrainer, *arguments: Any) -> Any:
+        plain(self, *arguments)
         names = {id(p): name for name, p in self.model.named_parameters()}
         for group in self.optimizer.param_groups:
             found[group["lr"]] = {names[id(p)] for p in group["params"]}
         found["all"] = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        return plain(self, **more)
+        return self.optimizer
 
-    monkeypatch.setattr(ImageTrainer, "train", watched)
+    monkeypatch.setattr(ImageTrainer, "create_optimizer", watched)
     train(options(tiny_backbone, tmp_path / "run", lr=1e-3, reactivation_lr=7e-2))
     fast, slow = found[7e-2], found[1e-3]
     assert fast

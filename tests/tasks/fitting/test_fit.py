@@ -86,7 +86,7 @@ def test_learning_rates_of_layers_and_groups(
 
     def looked(self: ImageTrainer, *_: Any, **__: Any) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
-        for group in self.optimizer.param_groups:
+        for group in self.create_optimizer().param_groups:
             found.update({names[id(p)]: group["lr"] for p in group["params"]})
         raise KeyboardInterrupt
 
