@@ -78,6 +78,8 @@ def load_task(task: str | None = None, data: str | None = None, root: str | None
             )
         return Task(path.stem if path.is_file() else path.name, labels, splits, description=how)
     card, home = load_card(str(task))
+    if card.kind == "text":
+        raise DataError(f"task {card.name} is about texts, not images: see pyra train --task {card.name} --help")
     splits = load_splits(card, home, root or os.environ.get("PYRA_DATA"))
     labels = _labels(splits)
     if len(labels) != card.classes:

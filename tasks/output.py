@@ -35,6 +35,8 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "backbone.json",
         "adapter",
         "evaluation*.json",
+        "predictions.json",
+        "lm-eval*.json",
         "export",
     ),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
