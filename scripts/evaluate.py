@@ -36,6 +36,11 @@ class EvaluateOptions:
     max_length: int | None = option(None, "language: tokens that are read")
     max_new_tokens: int | None = option(None, "language: tokens that are generated at most, for each answer")
     num_fewshot: int | None = option(None, "language: answered training examples before each prompt")
+    lm_eval: list[str] | None = option(  # noqa: RUF009 - a dataclass field
+        None, "language: tasks of lm-evaluation-harness, such as gsm8k,hellaswag, instead of the run's own"
+    )
+    lm_eval_tasks: str | None = option(None, "language, with --lm-eval: folder with task files of your own")
+    trust_task_code: bool = option(False, "language, with --lm-eval-tasks: run the Python code that task files name")
     chat: bool | None = option(None, "language: prompts through the tokenizer's chat template")
     dtype: str | None = option(None, "language: float32, bfloat16 or float16")
     output: str | None = option(None, "language, with --backbone: folder for the result")
@@ -59,17 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         example=(
             "pyra evaluate runs/a\n  pyra evaluate runs/elastic --rate 0.5\n"
-            "  pyra evaluate --backbone models/smollm2 --task gsm8k --root data/ --limit 50"
+            "  pyra evaluate --backbone models/smollm2 --task gsm8k --root data/ --limit 50\n"
+            "  pyra evaluate runs/g --lm-eval mine --lm-eval-tasks tasks/ --num-fewshot 2"
         ),
         positional="run",
     )
     if options.run and options.backbone is not None:
         raise ConfigError("give RUN or --backbone, not both")
+    if options.lm_eval is None:
+        _refuse(options, ("lm_eval_tasks", "trust_task_code"), "goes with --lm-eval")
     if options.backbone is not None:
-        return _backbone(options)
+        return _backbone(options) if options.lm_eval is None else _harness(options)
     if not options.run:
         raise ConfigError("RUN is missing: give the folder of a run (see 'pyra evaluate --help')")
     _refuse(options, _OF_BACKBONES, "goes with --backbone: a run knows its own")
+    if options.lm_eval is not None:
+        return _harness(options)
     from pyra.tasks.language.runs import is_language_run
 
     return _language_run(options) if is_language_run(options.run) else _image_run(options)
@@ -135,6 +145,34 @@ def _backbone(options: EvaluateOptions) -> int:
         print(note)
     if options.output is not None:
         print(f"written to {options.output}")
+    return 0
+
+
+def _harness(options: EvaluateOptions) -> int:
+    """Ask lm-evaluation-harness about a run or a backbone."""
+    _refuse_of_images(options)
+    _refuse(options, ("task", "root", "answer", "max_new_tokens", "split"), "is not for --lm-eval: its tasks say it")
+    from pyra.tasks.language.evaluation import Evaluation
+    from pyra.tasks.language.harness import ROWS, Harness, harness_on_backbone, harness_on_run
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()
+    asked = Harness(
+        tasks=options.lm_eval or [],
+        folder=options.lm_eval_tasks,
+        trust=options.trust_task_code,
+        num_fewshot=options.num_fewshot,
+        how=Evaluation(**{**_asked(options), "num_fewshot": 0}),
+    )
+    if options.backbone is None:
+        where: str | None = options.run
+        outcome = harness_on_run(options.run, asked)
+    else:
+        where = options.output
+        outcome = harness_on_backbone(options.backbone, asked, output=where, overwrite=options.overwrite)
+    print(outcome.table())
+    if where is not None:
+        print(f"written to {Path(where) / ROWS}")
     return 0
 
 

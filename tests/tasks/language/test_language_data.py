@@ -68,7 +68,7 @@ def test_examples_of_the_shipped_tasks(root: Path) -> None:
     reviews, sums = load_text_task("sst2", str(root)), load_text_task("gsm8k", str(root))
     first = reviews.splits["train"][0]
     assert first.texts == ("a fine film 0",) and (first.label, first.answer) == (1, "positive")
-    assert first.prompt == "Review: a fine film 0\nIs this review positive or negative?\nAnswer:"
+    assert first.prompt == "Review: a fine film 0\nSentiment:"
     first = sums.splits["test"][1]
     assert (first.reference, first.label) == ("102", -1) and first.answer.endswith("#### 102")
     assert len(reviews.split("test", 5)) == 5 and reviews.split("test", 5) == reviews.split("test", 5)
