@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pyra.errors import DataError
 from pyra.scripts.cli import parse
-from pyra.tasks.images import decode_image
+from pyra.tasks.decoding import decode_image
 from pyra.tasks.rows import read_parquet
 
 LIMIT = 8 * 1024**2

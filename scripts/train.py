@@ -3,52 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyra.scripts.cli import parse, peek
+
+if TYPE_CHECKING:
+    from pyra.tasks.language.options import LanguageOptions
+    from pyra.tasks.protocols.options import ExperimentOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table; a language task has options of its own."""
     from pyra.tasks.language.cards import is_text_task
 
-    return _train_language(argv) if is_text_task(peek(argv, "task")) else _train(argv)
+    about_texts = is_text_task(peek(argv, "task"))
+    options = _language_options(argv) if about_texts else _options(argv)
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.language.options import LanguageOptions
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        if isinstance(options, LanguageOptions):
+            return _language(options)
+        return _single(options) if options.is_single() else _several(options)
+    finally:
+        processes.leave()
 
 
-def _train(argv: Sequence[str] | None) -> int:
-    from pyra.tasks.options import METHODS, RunOptions
+def _options(argv: Sequence[str] | None) -> ExperimentOptions:
+    from pyra.tasks.options import METHODS
+    from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
 
-    options = parse(
-        RunOptions,
+    return parse(
+        ExperimentOptions,
         argv,
         prog="pyra train",
         description=(
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
             f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{_listed(METHODS)}\n\n"
+            f"protocols:\n{_listed(PROTOCOLS)}\n\n"
             "Language tasks have options of their own: pyra train --task sst2 --help"
         ),
-        example="pyra train --task demo --method pyra --rate 0.7 --output runs/a",
+        example=(
+            "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3"
+        ),
     )
-    from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.reports import results_table
-    from pyra.tasks.training import train
-
-    quiet_libraries()
-    result = train(options)
-    print(results_table([result]))
-    if result.skipped_images:
-        print(f"{result.skipped_images} unreadable images were left out")
-    if options.elastic:
-        print(f"scored at the highest rate; any other: pyra evaluate {options.output} --rate {options.rates()[0]}")
-    print(
-        f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx"
-    )
-    return 0
 
 
-def _train_language(argv: Sequence[str] | None) -> int:
+def _language_options(argv: Sequence[str] | None) -> LanguageOptions:
     from pyra.tasks.language.options import METHODS, LanguageOptions
 
-    options = parse(
+    return parse(
         LanguageOptions,
         argv,
         prog="pyra train",
@@ -61,12 +69,58 @@ def _train_language(argv: Sequence[str] | None) -> int:
             "  pyra train --task gsm8k --root data/ --backbone models/smollm2 --method dora --output runs/g"
         ),
     )
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<17}{text}" for name, text in names.items())
+
+
+def _single(options: ExperimentOptions) -> int:
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.reports import results_table
+    from pyra.tasks.training import train
+
+    result = train(options.run(options.output))
+    if not processes.is_main():
+        return 0
+    print(results_table([result]))
+    if result.skipped_images:
+        print(f"{result.skipped_images} unreadable images were left out")
+    if options.elastic:
+        print(f"scored at the highest rate; any other: pyra evaluate {options.output} --rate {options.rates()[0]}")
+    print(
+        f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx"
+    )
+    return 0
+
+
+def _several(options: ExperimentOptions) -> int:
+    from pyra.files import write_text
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.protocols.experiment import experiment
+    from pyra.tasks.reports.report import report
+
+    results = experiment(options)
+    if not processes.is_main():
+        return 0
+    folder = Path(options.output).expanduser()
+    against = "linear" if len({result.method for result in results}) > 1 else None
+    write_text(folder / "summary.md", report([str(folder)], style="markdown", against=against).text)
+    print(report([str(folder)], against=against).text)
+    if options.protocol is not None:
+        print(f"chosen: {results[0].chosen} ({results[0].selection}); tried: {folder / 'selection.json'}")
+    print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")
+    return 0
+
+
+def _language(options: LanguageOptions) -> int:
+    from pyra.tasks.fitting import processes
     from pyra.tasks.language.training import train_language
-    from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
 
-    quiet_libraries()
     result, notes = train_language(options)
+    if not processes.is_main():
+        return 0
     print(results_table([result]))
     for note in notes:
         print(note)
@@ -74,5 +128,9 @@ def _train_language(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _listed(methods: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<17}{text}" for name, text in methods.items())
+if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
+    import sys
+
+    from pyra.scripts.main import main as pyra
+
+    sys.exit(pyra(["train", *sys.argv[1:]]))

@@ -37,6 +37,10 @@ class TaskCard:
         files: kind ``parquet``: the file of each split.
         folder: kind ``lists``: below the root.
         factor: kind ``sprites``: what is asked, ``orientation`` or ``x``.
+        hub: kind ``lists``: a data set of the Hugging Face hub with the same images, where one is known.
+        hub_config: its configuration.
+        image_column: of the hub's data set; found by type where it is empty.
+        label_column: the same.
         classes: number of classes.
         preprocessing: how an image becomes the model's input.
         metric: name of the metric.
@@ -63,6 +67,10 @@ class TaskCard:
     files: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
     factor: str = ""
+    hub: str = ""
+    hub_config: str = ""
+    image_column: str = ""
+    label_column: str = ""
     paper: str = ""
     suite: str = ""
     group: str = ""

@@ -1,7 +1,7 @@
 """Tasks: finding them by name or folder, and their splits as data sets of tensors.
 
 A shipped task has a card (:mod:`pyra.tasks.cards`); ``load_task(data=...)`` makes one from a user's folder (layouts:
-:mod:`pyra.tasks.folders`).
+:mod:`pyra.tasks.folders`) or from a data set of the hub.
 
     >>> task = load_task("demo")
     >>> task.name, len(task.labels), sorted(task.splits)
@@ -10,7 +10,6 @@ A shipped task has a card (:mod:`pyra.tasks.cards`); ``load_task(data=...)`` mak
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,15 @@ import datasets
 
 from pyra.errors import DataError, did_you_mean
 from pyra.tasks.cards import card_files, load_card
+from pyra.tasks.columns import FOUND, Columns
+from pyra.tasks.decoding import split_digest
 from pyra.tasks.folders import read_folder
+from pyra.tasks.hub import HubError, HubId, read_hub
 from pyra.tasks.images import ImageDataset
+from pyra.tasks.pixel_cache import default_cache
 from pyra.tasks.sources import load_splits
 
-__all__ = ["ImageDataset", "Task", "image_dataset", "load_task", "task_names"]
+__all__ = ["ImageDataset", "Task", "image_dataset", "load_task", "split_digest", "task_names"]
 
 LIMIT_SEED = 0
 
@@ -35,7 +38,7 @@ class Task:
     """A classification task: its classes, its splits and how it is scored.
 
     ``splits`` holds at least ``train`` and ``test``, each with the columns `image` (``{"bytes", "path"}``), `label`
-    (index into ``labels``) and `source` (what errors call the row).
+    (index into ``labels``) and `source` (what errors call the row). ``source`` says where the data came from.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Task:
     description: str = ""
     license: str = "unknown"
     version: str = "1"
+    source: str = ""
 
 
 def task_names() -> list[str]:
@@ -54,64 +58,73 @@ def task_names() -> list[str]:
     return list(card_files())
 
 
-def load_task(task: str | None = None, data: str | None = None, root: str | None = None) -> Task:
-    """Load a shipped task by name, or make one from a folder; exactly one of ``task`` and ``data``.
+def load_task(
+    task: str | None = None,
+    data: str | None = None,
+    root: str | None = None,
+    columns: Columns = FOUND,
+) -> Task:
+    """Load a shipped task by name, or make one from your data; exactly one of ``task`` and ``data``.
 
-    ``root`` is the folder with the data of shipped tasks that bring none, by default what ``PYRA_DATA`` says.
+    Args:
+        task: name of a card.
+        data: a folder, a parquet file, or a data set of the Hugging Face hub (:class:`pyra.tasks.hub.HubId`); what lies
+            here wins.
+        root: folder with the data of shipped tasks that bring none, by default what ``PYRA_DATA`` says.
+        columns: of parquet files and data sets of the hub, where they cannot be told by type and name.
 
     Raises:
-        DataError: neither or both given, an unknown name, or a folder that cannot be read as a task.
+        DataError: neither or both given, an unknown name, or data that cannot be read as a task.
     """
     if (task is None) == (data is None):
         raise DataError("give exactly one of --task and --data: a task by name, or a folder with your images")
     if data is not None:
-        if not data.strip():
-            raise DataError("--data is empty; give the folder with your images (. for this one)")
-        path = Path(data).expanduser()
-        splits, how = read_folder(path)
-        path = path.resolve()
-        labels = _labels(splits)
-        if len(labels) < 2:
-            raise DataError(
-                f"{path} has a single class ({', '.join(labels)}): nothing to tell apart; "
-                "the folders directly inside it (or inside its train/) must be the classes"
-            )
-        return Task(path.stem if path.is_file() else path.name, labels, splits, description=how)
+        return _own(data, columns)
     card, home = load_card(str(task))
     if card.kind == "text":
         raise DataError(f"task {card.name} is about texts, not images: see pyra train --task {card.name} --help")
-    splits = load_splits(card, home, root or os.environ.get("PYRA_DATA"))
-    labels = _labels(splits)
+    source = load_splits(card, home, root or os.environ.get("PYRA_DATA"))
+    labels = _labels(source.splits)
     if len(labels) != card.classes:
         raise DataError(f"task {card.name} has {card.classes} classes, its files have {len(labels)}")
     return Task(
         card.name,
         labels,
-        splits,
+        source.splits,
         metric=card.metric,
         higher_is_better=card.higher_is_better,
         preprocessing=card.preprocessing,
         description=card.description.strip(),
         license=card.license,
         version=card.version,
+        source=source.where + (" (own draw)" if source.own_draw else ""),
     )
 
 
-def split_digest(rows: datasets.Dataset) -> str:
-    """Return the SHA-256 of a split: its images as they are stored, and their labels, in order.
-
-    Raises:
-        DataError: where an image cannot be read.
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        image = row["image"] or {"bytes": None, "path": None}
+def _own(data: str, columns: Columns) -> Task:
+    if not data.strip():
+        raise DataError("--data is empty; give the folder with your images (. for this one)")
+    path = Path(data).expanduser()
+    hub = None if path.exists() else HubId.parse(data)
+    if hub is None:
+        splits, how = read_folder(path, columns)
+        path = path.resolve()
+        name, where = path.stem if path.is_file() else path.name, str(path)
+        hint = "the folders directly inside it (or inside its train/) must be the classes"
+    else:
         try:
-            stored = Path(image["path"]).read_bytes() if image["bytes"] is None and image["path"] else image["bytes"]
-        except OSError as error:
-            raise DataError(f"{image['path']} cannot be read: {error.strerror}") from None
-        digest.update(hashlib.sha256(stored or b"").digest() + int(row["label"]).to_bytes(4, "big"))
-    return digest.hexdigest()
+            splits, how = read_hub(hub, columns)
+        except HubError as error:
+            raise DataError(
+                f"{data} is no folder here, and {error}; a local copy may be a folder with train*.parquet and "
+                "test*.parquet (columns image and label), or with one folder of images a class"
+            ) from None
+        name, where = hub.name, f"{hub} of the Hugging Face hub"
+        hint = "--label-column names another column"
+    labels = _labels(splits)
+    if len(labels) < 2:
+        raise DataError(f"{where} has a single class ({', '.join(labels)}): nothing to tell apart; {hint}")
+    return Task(name, labels, splits, description=how, source=where)
 
 
 def image_dataset(
@@ -124,10 +137,12 @@ def image_dataset(
     interpolation: str = "bicubic",
     skip_broken: bool = False,
     limit: int | None = None,
+    cache: bool = True,
 ) -> ImageDataset:
     """Decode a split into normalised tensors (see :class:`~pyra.tasks.images.ImageDataset`).
 
-    ``limit`` keeps that many images, drawn with a fixed seed and left in their order.
+    ``limit`` keeps that many images, drawn with a fixed seed and left in their order. With ``cache`` decoded images are
+    kept where :func:`pyra.tasks.pixel_cache.default_cache` says.
 
     Raises:
         DataError: unknown split, an empty one, or images that cannot be read.
@@ -148,6 +163,7 @@ def image_dataset(
         interpolation=interpolation,
         skip_broken=skip_broken,
         name=f"{task.name}/{split}",
+        cache=default_cache() if cache else None,
     )
 
 

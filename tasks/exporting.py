@@ -37,7 +37,7 @@ def export_run(
     model, options, labels = load_run(run)
     prepared = preprocessing(model)
     task = task_of_run(run, options, labels)
-    data = data_for(model, task, "test", skip_broken=options.skip_broken, limit=images)
+    data = data_for(model, task, "test", skip_broken=options.skip_broken, limit=images, cache=options.cache)
     batch = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
     metadata = {
         "labels": "\n".join(labels),

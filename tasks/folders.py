@@ -21,6 +21,7 @@ from pathlib import Path
 import datasets
 
 from pyra.errors import DataError
+from pyra.tasks.columns import FOUND, Columns
 from pyra.tasks.rows import Rows, class_folders, read_image_folder, read_parquet, to_dataset
 
 TEST_SHARE = 0.2
@@ -37,7 +38,7 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 Splits = Mapping[str, datasets.Dataset]
 
 
-def read_folder(path: Path) -> tuple[Splits, str]:
+def read_folder(path: Path, columns: Columns = FOUND) -> tuple[Splits, str]:
     """Read the splits below ``path`` (at least ``train`` and ``test``) and say in a sentence how they were found.
 
     When there is no test split, ``test`` is the validation split.
@@ -48,21 +49,21 @@ def read_folder(path: Path) -> tuple[Splits, str]:
     if path.is_file():
         if path.suffix != ".parquet":
             raise DataError(f"{path} is neither a folder nor a parquet file; give the folder that holds the splits")
-        return _divide([read_parquet(path)], path)
+        return divide([read_parquet(path, columns)], path)
     if not path.is_dir():
         above = path.parent
         hint = f"{above} exists" if above.is_dir() else f"{above} does not exist either"
         raise DataError(f"{path} does not exist ({hint}); give a folder of parquet files or of images by class")
     files = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    return read_splits(_parquet_files(files, path), path) if files else _read_images(path)
+    return read_splits(_parquet_files(files, path), path, columns) if files else _read_images(path)
 
 
-def read_splits(files: Mapping[str, Sequence[Path]], where: Path) -> tuple[Splits, str]:
+def read_splits(files: Mapping[str, Sequence[Path]], where: Path, columns: Columns = FOUND) -> tuple[Splits, str]:
     """Read named splits from parquet files; the class order is that of the training files."""
-    return _finish({split: [read_parquet(file) for file in parts] for split, parts in files.items()}, where)
+    return finish({split: [read_parquet(file, columns) for file in parts] for split, parts in files.items()}, where)
 
 
-def _finish(parts: Mapping[str, Sequence[Rows]], where: Path) -> tuple[Splits, str]:
+def finish(parts: Mapping[str, Sequence[Rows]], where: Path | str) -> tuple[Splits, str]:
     """Number the labels by the training split's classes and settle which split is the test split."""
     if "train" not in parts:
         raise DataError(
@@ -89,9 +90,9 @@ def _parquet_files(files: Sequence[Path], where: Path) -> dict[str, list[Path]]:
     if "train800val200" in stems or len(vtab) == 2:
         groups["train"] = [stems["train800val200"]] if "train800val200" in stems else list(vtab)
         groups |= {file.stem.lower(): [file] for file in vtab}
-        files = [file for file in files if _split_of(file.stem) == "test"]
+        files = [file for file in files if split_of(file.stem) == "test"]
     for file in files:
-        if split := _split_of(file.stem):
+        if split := split_of(file.stem):
             groups[split].append(file)
     if len(vtab) == 2 and "test" not in groups:  # nothing to report on: tune on 800, look at 200
         return {"train": [stems["train800"]], "validation": [stems["val200"]]}
@@ -128,10 +129,10 @@ def _read_images(path: Path) -> tuple[Splits, str]:
     folders = class_folders(path)
     named = {folder: _ALIASES[folder.name.lower()] for folder in folders if folder.name.lower() in _ALIASES}
     if any(split == "train" for split in named.values()):
-        return _finish({split: [_some_images(folder)] for folder, split in named.items()}, path)
+        return finish({split: [_some_images(folder)] for folder, split in named.items()}, path)
     if folders and len(named) == len(folders):
         raise DataError(f"{path} has {', '.join(f.name for f in folders)} but no training split: add a folder train/")
-    return _divide([_some_images(path)], path)
+    return divide([_some_images(path)], path)
 
 
 def _some_images(folder: Path) -> Rows:
@@ -144,7 +145,7 @@ def _some_images(folder: Path) -> Rows:
     return rows
 
 
-def _divide(parts: Sequence[Rows], where: Path) -> tuple[Splits, str]:
+def divide(parts: Sequence[Rows], where: Path | str) -> tuple[Splits, str]:
     """Divide ``parts`` into train and test, class by class, the same way every time."""
     everything = to_dataset(parts, parts[0].classes)
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -166,6 +167,7 @@ def _divide(parts: Sequence[Rows], where: Path) -> tuple[Splits, str]:
     return splits, f"{where} without splits: divided 80/20 by class (seed {SPLIT_SEED})"
 
 
-def _split_of(stem: str) -> str | None:
+def split_of(stem: str) -> str | None:
+    """Return the split that a file or folder of this name is: ``train``, ``validation``, ``test`` or none."""
     match = _SPLIT.match(stem)
     return _ALIASES[match[1].lower()] if match else None

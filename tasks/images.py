@@ -1,79 +1,30 @@
-"""Images as tensors: safe decoding, the `squash` preprocessing and the data set that training and evaluation read.
-
-`squash` resizes an image straight to the square, whatever its aspect ratio: what the VTAB-1k protocol does.
-"""
+"""The data set that training and evaluation read: images decoded once, as normalised tensors."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
+from PIL import Image
 
 from pyra.errors import ConfigError, DataError, did_you_mean
+from pyra.tasks.decoding import INTERPOLATIONS, decode_row, decoded, squash, summary, unreadable_rows
+from pyra.tasks.pixel_cache import PixelCache, Pixels
 
 MEMORY_LIMIT = 2 * 1024**3
-"""Decoded bytes up to which a data set is kept in memory."""
+"""Decoded bytes up to which a data set is kept in memory where there is no cache."""
 
-INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling}
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What is decoded; Pillow's other readers stay off: its PostScript one starts another program."""
-
-_CHUNK = 32
 _NAMED = 5
-
-
-def decode_image(source: bytes | str | Path) -> Image.Image:
-    """Decode an encoded image (bytes, or the path of a file) completely, to upright RGB.
-
-    EXIF orientation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
-
-    Raises:
-        ValueError: for 32-bit pixels: nothing says what is white.
-        Exception: whatever Pillow raises for a damaged file (its decoders have no common base class).
-        Image.DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
-    """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-        pixels = image.width * image.height
-        # Pillow itself only warns up to twice the limit.
-        if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{pixels} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):  # convert() would clip to 0..255 whatever the values mean
-        raise ValueError("32-bit pixels, whose range no file says; store it with 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def unreadable(error: Exception) -> str:
-    """Return in one line why :func:`decode_image` failed."""
-    if isinstance(error, UnidentifiedImageError):  # its text names an object in memory, or the path once more
-        return "not an image in a known format"
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Examples ``{"pixel_values": float32 [3, S, S] normalised, "labels": int}`` of one split.
 
-    Every image is decoded once here, in threads: so a damaged file is found before training starts, and up to
-    :data:`MEMORY_LIMIT` the resized pixels are kept as one uint8 tensor; above it, images are decoded on access.
+    Every image is decoded once here, in threads, or was decoded in an earlier run: so a damaged file is found before
+    training starts. The resized pixels are one uint8 tensor, mapped from the cache; without a cache they are kept in
+    memory up to :data:`MEMORY_LIMIT`, and above that images are decoded on access.
 
     Args:
         rows: columns `image` (``{"bytes", "path"}``), `label` (class index) and `source` (what errors call the row).
@@ -83,9 +34,11 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         interpolation: a resampling filter of Pillow, by name.
         skip_broken: leave unreadable images out and list them in ``broken``.
         name: what errors and the progress bar call this data set.
+        cache: where decoded images are kept, or None.
 
     Attributes:
-        pixels: uint8 [images, 3, S, S], or None above :data:`MEMORY_LIMIT`.
+        pixels: uint8 [images, 3, S, S], or None above :data:`MEMORY_LIMIT` without a cache.
+        broken: what was left out, with the reason.
 
     Raises:
         DataError: an image cannot be read and ``skip_broken`` is off, or no image of a class is left.
@@ -102,6 +55,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         interpolation: str = "bicubic",
         skip_broken: bool = False,
         name: str = "images",
+        cache: PixelCache | None = None,
     ) -> None:
         if interpolation not in INTERPOLATIONS:
             hint = did_you_mean(interpolation, INTERPOLATIONS)
@@ -111,90 +65,97 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if len(rows) == 0:
             raise DataError(f"{name} is empty: add images to it")
         self.image_size = image_size
-        self.broken: list[str] = []
-        self._resample = INTERPOLATIONS[interpolation]
+        self.interpolation = interpolation
         self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
-        self._rows = rows
-        self.pixels: torch.Tensor | None = None
-        if len(rows) * 3 * image_size**2 <= MEMORY_LIMIT:
-            self.pixels = torch.empty(len(rows), 3, image_size, image_size, dtype=torch.uint8)
-        self._keep(self._decode_all(name), skip_broken, name)
+        found = None if cache is None else cache.open(rows, image_size, interpolation, name)
+        if found is None:
+            found = _decode(rows, image_size, interpolation, name)
+        self.pixels = found.values if len(found.values) else None
+        self.broken = unreadable_rows(rows, found.broken)
+        self._rows = _readable(rows, found.broken, self.broken, skip_broken, name)
         self.labels: list[int] = self._rows["label"][:]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = self._squash(self.image(index)) if self.pixels is None else self.pixels[index]
-        normalised = pixels.float().div_(255).sub_(self._mean).div_(self._std)
-        return {"pixel_values": normalised, "labels": self.labels[index]}
+        return {"pixel_values": self.normalised(self.squashed(index)), "labels": self.labels[index]}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes, in the order of their numbers."""
+        return list(self._rows.features["label"].names)
+
+    def squashed(self, index: int) -> torch.Tensor:
+        """Return the image resized to the square, uint8 [3, S, S]."""
+        if self.pixels is not None:
+            return self.pixels[index]
+        return torch.from_numpy(squash(self.image(index), self.image_size, self.interpolation))
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return uint8 pixels [..., 3, S, S] as the model takes them, float32."""
+        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
+
+    def mean_colour(self) -> tuple[int, ...]:
+        """Return the colour that is zero after normalisation, 0..255 a channel."""
+        return tuple(round(255 * value) for value in self._mean.flatten().tolist())
+
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The images as they are stored, without those left out."""
+        return self._rows
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several examples, normalised together; a ``DataLoader`` asks for its batches here."""
+        if self.pixels is None:
+            return [self[index] for index in indices]
+        values = self.normalised(self.pixels[torch.as_tensor(indices)])
+        return [
+            {"pixel_values": value, "labels": self.labels[index]} for index, value in zip(indices, values, strict=True)
+        ]
 
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""
-        stored = self._rows[index]["image"]
-        if stored is None or (stored["bytes"] is None and stored["path"] is None):
-            raise ValueError("the row holds no image")
-        return decode_image(stored["path"] if stored["bytes"] is None else stored["bytes"])
+        return decode_row(self._rows[index])
 
     def source(self, index: int) -> str:
         """Return where the image comes from: a path, or a parquet file and the row in it."""
         return str(self._rows[index]["source"])
 
-    def _squash(self, image: Image.Image) -> torch.Tensor:
-        """Resize to uint8 [3, S, S]."""
-        resized = image.resize((self.image_size, self.image_size), self._resample)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
-    def _decode_all(self, name: str) -> dict[int, str]:
-        """Decode every image, keep the pixels if they fit, and return the broken rows with the reason."""
-        broken: dict[int, str] = {}
+def _decode(rows: datasets.Dataset, side: int, interpolation: str, name: str) -> Pixels:
+    """Decode every image, and keep the pixels if they fit into memory: none of them otherwise."""
+    keep = len(rows) * 3 * side**2 <= MEMORY_LIMIT
+    values = torch.empty(len(rows) if keep else 0, 3, side, side, dtype=torch.uint8)
+    broken: dict[int, str] = {}
+    for row, image in enumerate(decoded(rows, side, interpolation, name)):
+        if isinstance(image, str):
+            broken[row] = image
+        elif keep:
+            values[row - len(broken)] = torch.from_numpy(image)
+    return Pixels(values[: len(rows) - len(broken)], broken)
 
-        def decode(chunk: range) -> int:
-            for index in chunk:
-                try:
-                    pixels = self._squash(self.image(index))
-                except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-                    broken[index] = unreadable(error)
-                else:
-                    if self.pixels is not None:
-                        self.pixels[index] = pixels
-            return len(chunk)
 
-        count = len(self._rows)
-        chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-        pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-        try:
-            with tqdm(total=count, desc=f"decoding {name}", unit="image", leave=False) as bar:
-                for done in pool.map(decode, chunks):
-                    bar.update(done)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return dict(sorted(broken.items()))
-
-    def _keep(self, broken: dict[int, str], skip_broken: bool, name: str) -> None:
-        """Drop the broken rows, or raise the error that names them."""
-        if not broken:
-            return
-        self.broken = [f"{self.source(index)}: {reason}" for index, reason in broken.items()]
-        if not skip_broken:
-            more = len(self.broken) - _NAMED
-            listed = "; ".join(self.broken[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
-            raise DataError(
-                f"{name}: {len(broken)} of {len(self._rows)} images cannot be read: {listed}. "
-                "Repair or remove them, or leave them out with --skip-broken"
-            )
-        good = [index for index in range(len(self._rows)) if index not in broken]
-        if not good:
-            raise DataError(f"{name}: none of the {len(broken)} images can be read, for example {self.broken[0]}")
-        labels = self._rows["label"][:]
-        lost = sorted(set(labels) - {labels[index] for index in good})
-        if lost:
-            names = self._rows.features["label"].names
-            raise DataError(
-                f"{name}: no image of {', '.join(names[label] for label in lost[:_NAMED])} can be read, for example "
-                f"{self.broken[0]}; a class that is left out would make the others look better"
-            )
-        self._rows = self._rows.select(good)
-        if self.pixels is not None:
-            self.pixels = self.pixels[good]
+def _readable(
+    rows: datasets.Dataset, broken: dict[int, str], named: list[str], skip_broken: bool, name: str
+) -> datasets.Dataset:
+    """Drop the broken rows, or raise the error that names them."""
+    if not broken:
+        return rows
+    if not skip_broken:
+        raise DataError(
+            f"{name}: {summary(named, len(rows))}. Repair or remove them, or leave them out with --skip-broken"
+        )
+    good = [index for index in range(len(rows)) if index not in broken]
+    if not good:
+        raise DataError(f"{name}: none of the {len(broken)} images can be read, for example {named[0]}")
+    labels = rows["label"][:]
+    lost = sorted(set(labels) - {labels[index] for index in good})
+    if lost:
+        classes = rows.features["label"].names
+        raise DataError(
+            f"{name}: no image of {', '.join(classes[label] for label in lost[:_NAMED])} can be read, for example "
+            f"{named[0]}; a class that is left out would make the others look better"
+        )
+    return rows.select(good)

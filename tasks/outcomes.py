@@ -20,10 +20,11 @@ from pyra.backbones import set_rate
 from pyra.errors import DataError
 from pyra.files import read_json, write_json
 from pyra.tasks.comparison import Right
-from pyra.tasks.data import ImageDataset, load_task
+from pyra.tasks.data import ImageDataset
+from pyra.tasks.fitting.fit import fit, forget_checkpoints
 from pyra.tasks.options import RunOptions
-from pyra.tasks.runs import DTYPES, new_model, resolve_device
-from pyra.tasks.training import fit, splits
+from pyra.tasks.runs import DTYPES, new_model, resolve_device, task_for
+from pyra.tasks.training import splits
 
 FILE = "outcomes.json"
 
@@ -57,7 +58,7 @@ def outcomes(
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(options.seed)
     device = resolve_device(options.device)
-    task = load_task(options.task, options.data, options.root)
+    task = task_for(options)
     model = build(options, len(task.labels))
     train_data, test_data = splits(options, task, model)
     test_data = test_data if view is None else view(test_data)
@@ -70,6 +71,7 @@ def outcomes(
         found[rate] = right(folded, test_data, options)
     packed = {str(rate): "".join("01"[int(one)] for one in values) for rate, values in found.items()}
     write_json(folder / FILE, {"settings": settings, "right": packed})
+    forget_checkpoints(folder)
     return found
 
 

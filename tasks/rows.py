@@ -6,7 +6,7 @@ in memory: no cache folder is read or written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pyra.errors import DataError
-
-LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
-"""Names under which a label column is found when no column is typed as ClassLabel."""
+from pyra.tasks.columns import FOUND, Columns, chosen_columns, features_of, label_names, shorten
 
 IMAGE = datasets.Image(decode=False)
 """How images are stored: bytes or a path, not decoded."""
@@ -38,7 +36,7 @@ class Rows:
     classes: tuple[str, ...]
 
 
-def read_parquet(path: Path) -> Rows:
+def read_parquet(path: Path, columns: Columns = FOUND) -> Rows:
     """Read the image and the label column of a parquet file; a label is a ClassLabel, an integer or a string.
 
     Raises:
@@ -46,16 +44,42 @@ def read_parquet(path: Path) -> Rows:
     """
     try:
         schema = pq.read_schema(path)
-        features = _features(schema, path)
-        image, label = _image_column(schema, features, path), _label_column(schema, features, path)
-        table = pq.read_table(path, columns=[image, label])
+        features = features_of(schema, path)
+        chosen = chosen_columns(schema, features, path, columns)
+        table = pq.read_table(path, columns=list(chosen))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    return _rows(table, features, path, chosen, [path.parent.resolve()])
+
+
+def read_table(
+    table: pa.Table, features: datasets.Features, where: str, columns: Columns, homes: Sequence[Path]
+) -> Rows:
+    """Read the image and the label column of a table.
+
+    Args:
+        table: any columns.
+        features: their types.
+        where: what errors call the table.
+        columns: which to read.
+        homes: folders in which images that are stored as paths may lie; a relative path starts at the first.
+
+    Raises:
+        DataError: no such columns, rows without a label, or images outside ``homes``.
+    """
+    return _rows(table, features, where, chosen_columns(table.schema, features, where, columns), homes)
+
+
+def _rows(
+    table: pa.Table, features: datasets.Features, where: Path | str, chosen: tuple[str, str], homes: Sequence[Path]
+) -> Rows:
+    image, label = chosen
     images = pa.chunked_array([IMAGE.cast_storage(chunk) for chunk in table[image].chunks], type=IMAGE.pa_type)
-    images = _beside(images, path)
-    labels, classes = _label_names(table[label], features[label], path)
+    images = _inside(images, where, homes)
+    labels, classes = label_names(table[label], features[label], where)
     names = [Path(entry).name if entry else "" for entry in _field(images, "path")]
-    sources = [f"{path.name} row {row}" + (f" ({name})" if name else "") for row, name in enumerate(names)]
+    called = where.name if isinstance(where, Path) else where
+    sources = [f"{called} row {row}" + (f" ({name})" if name else "") for row, name in enumerate(names)]
     return Rows(images, labels, sources, classes)
 
 
@@ -74,7 +98,7 @@ def read_image_folder(folder: Path) -> Rows:
     empty = [entry.name for entry, images in found.items() if not images]
     if empty and len(empty) < len(found):
         raise DataError(
-            f"{folder}: no readable images in the class folder{'s' * (len(empty) > 1)} {_shorten(empty)}; "
+            f"{folder}: no readable images in the class folder{'s' * (len(empty) > 1)} {shorten(empty)}; "
             "add some or remove it"
         )
     if found and not empty and not any(image.parent == entry for entry, images in found.items() for image in images):
@@ -148,7 +172,7 @@ def to_dataset(parts: Sequence[Rows], classes: Sequence[str]) -> datasets.Datase
     if unknown:
         listed = ", ".join(f"{label!r} ({source})" for label, source in list(unknown.items())[:5])
         raise DataError(
-            f"{len(unknown)} labels are not in the training split: {listed}; its classes are {_shorten(classes)}"
+            f"{len(unknown)} labels are not in the training split: {listed}; its classes are {shorten(classes)}"
         )
     table = pa.table(
         {
@@ -163,79 +187,24 @@ def to_dataset(parts: Sequence[Rows], classes: Sequence[str]) -> datasets.Datase
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def _features(schema: pa.Schema, path: Path) -> datasets.Features:
-    try:
-        return datasets.Features.from_arrow_schema(schema)
-    except Exception as error:  # the library parses JSON somebody wrote into the file, and raises what comes up
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{path}: its description of the columns ('huggingface' metadata) is broken: {reason}"
-        ) from None
-
-
-def _beside(images: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
-    """Resolve images that are stored as paths: relative to the parquet file, and never outside its folder."""
-    home = path.parent.resolve()
-    rows = images.to_pylist()
-    if all(row is None or row["bytes"] is not None or row["path"] is None for row in rows):
+def _inside(images: pa.ChunkedArray, where: Path | str, homes: Sequence[Path]) -> pa.ChunkedArray:
+    """Resolve images that are stored as paths: relative to the first of ``homes``, and never outside all of them."""
+    if all(chunk.field("bytes").null_count == 0 for chunk in images.chunks):
         return images
+    rows = images.to_pylist()
     for number, row in enumerate(rows):
         if row is not None and row["bytes"] is None and row["path"] is not None:
             try:
-                file = (home / row["path"]).resolve()
+                file = (homes[0] / row["path"]).resolve()
             except (ValueError, OSError, RuntimeError) as error:
-                raise DataError(f"{path} row {number}: {row['path']!r} is no path ({error})") from None
-            if not file.is_relative_to(home):
-                raise DataError(f"{path} row {number} points to {row['path']}, outside {home}: store the images in it")
+                raise DataError(f"{where} row {number}: {row['path']!r} is no path ({error})") from None
+            if not any(file.is_relative_to(home) for home in homes):
+                raise DataError(
+                    f"{where} row {number} points to {row['path']}, outside {homes[0]}: store the images in it"
+                )
             row["path"] = str(file)
     return pa.chunked_array([pa.array(rows, type=IMAGE.pa_type)])
 
 
-def _image_column(schema: pa.Schema, features: datasets.Features, path: Path) -> str:
-    for field in schema:
-        struct = pa.types.is_struct(field.type) and {"bytes", "path"} <= {sub.name for sub in field.type}
-        if struct or isinstance(features[field.name], datasets.Image):
-            return str(field.name)
-    raise DataError(
-        f"{path} has no image column (a struct of bytes and path, as the datasets library writes it); "
-        f"its columns are {_shorten(schema.names)}"
-    )
-
-
-def _label_column(schema: pa.Schema, features: datasets.Features, path: Path) -> str:
-    typed = [name for name in schema.names if isinstance(features[name], datasets.ClassLabel)]
-    named = [name for name in LABEL_COLUMNS if name in schema.names]
-    if not typed and not named:
-        raise DataError(
-            f"{path} has no label column (a ClassLabel, or one named {', '.join(LABEL_COLUMNS)}); "
-            f"its columns are {_shorten(schema.names)}"
-        )
-    return str((typed or named)[0])
-
-
-def _label_names(column: pa.ChunkedArray, feature: object, path: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Return the class name of every row, and all class names in order."""
-    values = column.to_pylist()
-    missing = [row for row, value in enumerate(values) if value is None or value == -1]
-    if missing:
-        raise DataError(f"{path}: {len(missing)} rows have no label, the first is row {missing[0]}")
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-        wrong = [row for row, value in enumerate(values) if not 0 <= value < len(names)]
-        if wrong:
-            row = wrong[0]
-            raise DataError(f"{path} row {row}: label {values[row]} is outside the {len(names)} classes of the column")
-        return [names[value] for value in values], names
-    wrong_type = {type(value).__name__ for value in values if not isinstance(value, int | str)}
-    if wrong_type:
-        raise DataError(f"{path}: labels are {', '.join(sorted(wrong_type))}; they must be integers or strings")
-    return [str(value) for value in values], tuple(str(value) for value in sorted(set(values)))
-
-
 def _field(images: pa.ChunkedArray, name: str) -> list[str | None]:
     return [value for chunk in images.chunks for value in chunk.field(name).to_pylist()]
-
-
-def _shorten(names: Iterable[str], limit: int = 12) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

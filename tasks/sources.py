@@ -1,8 +1,9 @@
-"""From a task card to splits: parquet files beside it, lists of images below a root, or pictures that are drawn."""
+"""From a task card to splits: files beside it, lists of images below a root, the hub, or pictures that are drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -11,43 +12,108 @@ import pyarrow as pa
 from pyra.errors import DataError
 from pyra.tasks import sprites
 from pyra.tasks.cards import TaskCard
+from pyra.tasks.columns import Columns
+from pyra.tasks.draws import stratified
 from pyra.tasks.folders import Splits, read_splits
+from pyra.tasks.hub import HubError, HubId, read_hub
 from pyra.tasks.rows import IMAGE, Rows, read_image_list, to_dataset
 
 TUNING = ("train800", "val200")
+PARTS = {"train800": 800, "val200": 200}
+DRAW_SEED = 0
 _SPRITES_SEED = 1000
 
 
-def load_splits(card: TaskCard, home: Path, root: str | Path | None) -> Splits:
-    """Read or draw all splits of a task, at least ``train`` and ``test``.
+@dataclass(frozen=True)
+class Source:
+    """Splits, where they come from, and whether which images are in them is our own draw."""
+
+    splits: Splits
+    where: str
+    own_draw: bool = False
+
+
+def load_splits(card: TaskCard, home: Path, root: str | Path | None) -> Source:
+    """Read, draw or fetch all splits of a task, at least ``train`` and ``test``.
 
     VTAB's ``train800val200`` is ``train``; its parts keep their names, and ``val200`` is ``validation``, too.
 
     Args:
         card: of the task.
         home: folder of the card.
-        root: folder that holds the data of tasks that bring none.
+        root: folder that holds the data of tasks that bring none; without one, a task that has its data on the hub is
+            fetched.
 
     Raises:
         DataError: where the data is not there, or is not what the card says.
     """
     if card.kind == "sprites":
-        return _named(_drawn(card))
+        return Source(named(_drawn(card)), "drawn by pyra.tasks.sprites", own_draw=True)
     if card.kind == "lists":
-        return _named(_listed(card, _below(card, root)))
+        if root is None and card.hub:
+            try:
+                return from_hub(card)
+            except HubError as error:
+                raise DataError(f"{error}; for a local copy give --root FOLDER, which holds {layout(card)}") from None
+        folder = _below(card, root)
+        return Source(named(_listed(card, folder)), str(folder))
     splits, _ = read_splits({split: [home / file] for split, file in card.files.items()}, home)
-    return splits
+    return Source(splits, "with the package")
+
+
+def layout(card: TaskCard) -> str:
+    """Say what a folder must hold for a task that does not bring its data."""
+    return f"{card.folder}/ with train800.txt, val200.txt, test.txt and the images they list, or those as parquet files"
+
+
+def from_hub(card: TaskCard) -> Source:
+    """Fetch the data set that a card names on the hub, and draw the parts of the benchmark from it.
+
+    Raises:
+        HubError: where it cannot be fetched.
+        DataError: where it is not what the card says.
+    """
+    source = HubId(card.hub, card.hub_config or None)
+    splits, _ = read_hub(source, Columns(card.image_column or None, card.label_column or None))
+    return Source(named(in_parts(card, splits, str(source))), f"{source} of the Hugging Face hub", own_draw=True)
+
+
+def in_parts(card: TaskCard, splits: Splits, where: str) -> dict[str, datasets.Dataset]:
+    """Draw ``train800`` and ``val200`` by class with a fixed seed; the test split stays whole.
+
+    The validation images come from the validation split, where there is one that is not the test split, too.
+
+    Raises:
+        DataError: where there are too few images, or other classes than the card says.
+    """
+    check_classes(card, splits, where)
+    own = splits.get("validation")
+    apart = own is not None and own is not splits["test"] and len(own) >= PARTS["val200"]
+    wanted = {name: count for name, count in PARTS.items() if not (apart and name == "val200")}
+    try:
+        chosen = stratified(splits["train"]["label"][:], wanted, DRAW_SEED)
+    except ValueError as error:
+        raise DataError(f"{where}: {error} in its training split") from None
+    made = {name: splits["train"].select(rows) for name, rows in chosen.items()}
+    if own is not None and apart:
+        rows = stratified(own["label"][:], {"val200": PARTS["val200"]}, DRAW_SEED)["val200"]
+        made["val200"] = own.select(rows)
+    return {**made, "test": splits["test"]}
+
+
+def check_classes(card: TaskCard, splits: Splits, where: str) -> None:
+    """Raise :class:`DataError` where splits have another number of classes than the card says."""
+    found = len(next(iter(splits.values())).features["label"].names)
+    if found != card.classes:
+        raise DataError(f"{where} has {found} classes, task {card.name} has {card.classes}")
 
 
 def _below(card: TaskCard, root: str | Path | None) -> Path:
-    layout = (
-        f"{card.folder}/ with train800.txt, val200.txt, test.txt and the images they list, or those as parquet files"
-    )
     if root is None:
-        raise DataError(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout}")
+        raise DataError(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout(card)}")
     folder = Path(root).expanduser() / card.folder
     if not folder.is_dir():
-        raise DataError(f"{folder} is not there: --root must hold {layout}")
+        raise DataError(f"{folder} is not there: --root must hold {layout(card)}")
     return folder
 
 
@@ -64,12 +130,18 @@ def _listed(card: TaskCard, folder: Path) -> dict[str, datasets.Dataset]:
     files = {name: file for name, file in files.items() if file.is_file()}
     if kinds[0] == ".parquet":
         splits, _ = read_splits({("train" if n == "train800val200" else n): [f] for n, f in files.items()}, folder)
-        found = len(splits[needed[0]].features["label"].names)
-        if found != card.classes:
-            raise DataError(f"{folder} has {found} classes, task {card.name} has {card.classes}")
+        check_classes(card, splits, str(folder))
         return dict(splits)
     classes = [str(label) for label in range(card.classes)]
-    return {name: to_dataset([read_image_list(file, card.classes)], classes) for name, file in files.items()}
+    made, problems = {}, []
+    for name, file in files.items():
+        try:
+            made[name] = to_dataset([read_image_list(file, card.classes)], classes)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+    return made
 
 
 def _drawn(card: TaskCard) -> dict[str, datasets.Dataset]:
@@ -85,7 +157,8 @@ def _drawn(card: TaskCard) -> dict[str, datasets.Dataset]:
     return made
 
 
-def _named(found: Mapping[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+def named(found: Mapping[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """Add ``train`` and ``validation`` to the parts of the benchmark."""
     splits = dict(found)
     whole = splits.pop("train800val200", None)
     if "train" not in splits:

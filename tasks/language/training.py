@@ -20,6 +20,7 @@ from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.recipe import parameter_groups
 from pyra.errors import ConfigError, TrainingError
 from pyra.files import write_json
+from pyra.tasks.fitting.trainer import MovingRanks, ProgressBar
 from pyra.tasks.language.answering import Asking, answer
 from pyra.tasks.language.data import Example, load_text_task
 from pyra.tasks.language.options import LanguageOptions
@@ -30,7 +31,6 @@ from pyra.tasks.language.tokens import IGNORED, mask, pad
 from pyra.tasks.output import staged_output
 from pyra.tasks.results import RunResult
 from pyra.tasks.runs import DTYPES, resolve_device
-from pyra.tasks.training import MovingRanks, ProgressBar
 
 Row = dict[str, Any]
 

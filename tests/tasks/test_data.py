@@ -16,7 +16,7 @@ from pyra.errors import ConfigError, DataError
 from pyra.tasks import images
 from pyra.tasks.cards import load_card
 from pyra.tasks.data import image_dataset, load_task, task_names
-from pyra.tasks.images import decode_image
+from pyra.tasks.decoding import decode_image
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CLASSES = ["cat", "dog"]
