@@ -196,6 +196,7 @@ def training_arguments(options: RunOptions, folder: Path, device: torch.device, 
         lr_scheduler_kwargs={"min_lr_rate": 0.01},
         warmup_steps=0.1,
         logging_steps=10,
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="steps",
         save_steps=options.save_steps,
