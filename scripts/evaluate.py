@@ -26,7 +26,10 @@ class EvaluateOptions:
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     backbone: str | None = option(None, "language: score this model without a run, by the prompts of --task")
     task: str | None = option(None, "language, with --backbone: the task, or a card file of your own")
-    root: str | None = option(None, "language, with --backbone: folder with the task's files (PYRA_DATA by default)")
+    root: str | None = option(
+        None, "language, with --backbone: folder with a folder of each task's files (PYRA_DATA by default)"
+    )
+    data: str | None = option(None, "language, with --backbone: folder with the task's files themselves")
     answer: str | None = option(
         None,
         "language: scoring (label words after the prompt) or generation",
@@ -49,7 +52,7 @@ class EvaluateOptions:
 
 _OF_IMAGES = ("rate", "skip_broken")
 _OF_BOTH = ("run", "split", "batch_size", "device")
-_OF_BACKBONES = ("task", "root", "output", "overwrite")
+_OF_BACKBONES = ("task", "root", "data", "output", "overwrite")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,12 +134,15 @@ def _backbone(options: EvaluateOptions) -> int:
     _refuse_of_images(options)
     if options.task is None:
         raise ConfigError("--backbone needs --task: a language task (pyra tasks ls)")
+    if options.root is not None and options.data is not None:
+        raise ConfigError("give --root or --data, not both")
     quiet_libraries()
     result, notes = evaluate_backbone(
         str(options.backbone),
         options.task,
         Evaluation(**_asked(options)),
         root=options.root,
+        data=options.data,
         output=options.output,
         overwrite=options.overwrite,
     )
@@ -151,9 +157,11 @@ def _backbone(options: EvaluateOptions) -> int:
 def _harness(options: EvaluateOptions) -> int:
     """Ask lm-evaluation-harness about a run or a backbone."""
     _refuse_of_images(options)
-    _refuse(options, ("task", "root", "answer", "max_new_tokens", "split"), "is not for --lm-eval: its tasks say it")
+    _refuse(
+        options, ("task", "root", "data", "answer", "max_new_tokens", "split"), "is not for --lm-eval: its tasks say it"
+    )
     from pyra.tasks.language.evaluation import Evaluation
-    from pyra.tasks.language.harness import ROWS, Harness, harness_on_backbone, harness_on_run
+    from pyra.tasks.language.harness import OWN, Harness, harness_on_backbone, harness_on_run
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
@@ -172,7 +180,7 @@ def _harness(options: EvaluateOptions) -> int:
         outcome = harness_on_backbone(options.backbone, asked, output=where, overwrite=options.overwrite)
     print(outcome.table())
     if where is not None:
-        print(f"written to {Path(where) / ROWS}")
+        print(f"written to {Path(where) / OWN}; in tables: pyra results {where} --evaluations")
     return 0
 
 

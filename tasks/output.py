@@ -35,7 +35,7 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "data.json",
         "backbone.json",
         "training.json",
-        "predictions.json",
+        "predictions*.json",
         "logs",
         "adapter",
         "evaluation*.json",

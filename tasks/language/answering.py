@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from pyra.errors import ConfigError
+from pyra.tasks.fitting import processes
 from pyra.tasks.language.answers import RULES
-from pyra.tasks.language.data import Example, TextTask
+from pyra.tasks.language.data import Example, TextTask, examples_digest
 from pyra.tasks.language.models import count_macs, precision
 from pyra.tasks.language.runs import Subject
 from pyra.tasks.language.scoring import classify, generate, log_likelihoods
@@ -41,13 +42,14 @@ class Scored:
     seconds: float
     macs: int
 
-    def record(self, split: str) -> dict[str, Any]:
+    def record(self, split: str, examples: Sequence[Example]) -> dict[str, Any]:
         """Return what ``predictions.json`` holds."""
         texts = {} if self.texts is None else {"texts": self.texts}
         return {
+            "split": split,
+            "sha256": examples_digest(examples),
             "labels": self.references,
             "predictions": self.predictions,
-            "split": split,
             "cut": self.cut,
             **texts,
         }
@@ -79,46 +81,67 @@ class Asking:
 def answer(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> Scored:
     """Put examples to a model, and score what it answers.
 
+    In a distributed run every process asks for its share and gets the answers of all, each example's once.
+
     Raises:
         ConfigError: where nothing is left of the prompts beside what is to be generated.
         TrainingError: where logits are NaN or infinite.
     """
     start = time.perf_counter()
     asked = {"head": _by_head, "scoring": _by_likelihood, "generation": _by_generation}[subject.answer]
+    positions = processes.share(len(examples))
     with precision(subject.model, how.dtype):
-        given, texts, lengths, cut = asked(subject, task, examples, how)
+        own = asked(subject, task, [examples[position] for position in positions], how)
+    shares = processes.gathered(dict(zip(positions, own, strict=True)))
+    answers = {position: one for share in shares for position, one in share.items()}
+    found = [answers[position] for position in range(len(examples))]
     seconds = time.perf_counter() - start
+    given = [one.given for one in found]
+    texts = [one.text for one in found if one.text is not None]
+    tokens = round(sum(one.length for one in found) / len(found))
     labels = bool(task.labels)
     right: Any = [example.label if labels else example.reference for example in examples]
     metric = task.card.metric
     value = float(load_metric(metric).compute(predictions=given, references=right)[metric])
-    return Scored(
-        value, right, given, texts, cut, seconds, count_macs(subject.model, round(sum(lengths) / len(lengths)))
-    )
+    cut = sum(one.cut for one in found)
+    return Scored(value, right, given, texts or None, cut, seconds, count_macs(subject.model, tokens))
 
 
-_Asked = tuple[Any, "list[str] | None", list[int], int]
+@dataclass(frozen=True)
+class _Answer:
+    """What was answered, what was generated where it was, the tokens that were read, and whether some were not."""
+
+    given: Any
+    text: str | None
+    length: int
+    cut: bool
 
 
-def _by_head(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> _Asked:
+def _by_head(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
     rows = [subject.encoder.texts(example.texts, subject.max_length) for example in examples]
     lengths = [len(row["input_ids"]) for row in rows]
-    full = (example for example, length in zip(examples, lengths, strict=True) if length == subject.max_length)
-    cut = sum(len(subject.encoder.texts(example.texts, 2**30)["input_ids"]) > subject.max_length for example in full)
+    cut = [  # only what fills the length may have been longer
+        length == subject.max_length and len(subject.encoder.texts(example.texts, 2**30)["input_ids"]) > length
+        for example, length in zip(examples, lengths, strict=True)
+    ]
     pad_id = subject.encoder.pad_id
     found = classify(subject.model, rows, pad_id=pad_id, batch_size=how.batch_size, description=how.label)
-    return found, None, lengths, cut
+    return [_Answer(*one) for one in zip(found, [None] * len(found), lengths, cut, strict=True)]
 
 
-def _by_likelihood(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> _Asked:
+def _by_likelihood(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
     words = task.card.words
     whole = [row for e in examples for row in subject.encoder.answered(how.shown + e.prompt, words)]
     rows = [_shortened(row, subject.max_length) for row in whole]
-    cut = sum(len(row.ids) > subject.max_length for row in whole)
     pad_id = subject.encoder.pad_id
     found = log_likelihoods(subject.model, rows, pad_id=pad_id, batch_size=how.batch_size, description=how.label)
     grouped = torch.tensor(found, dtype=torch.float64).view(-1, len(words))
-    return grouped.argmax(-1).tolist(), None, [len(row.ids) for row in rows], -(-cut // len(words))
+    made = []
+    for place, label in enumerate(grouped.argmax(-1).tolist()):
+        asked = slice(place * len(words), (place + 1) * len(words))
+        cut = any(len(row.ids) > subject.max_length for row in whole[asked])
+        made.append(_Answer(label, None, max(len(row.ids) for row in rows[asked]), cut))
+    return made
 
 
 def _shortened(row: Answered, length: int) -> Answered:
@@ -129,7 +152,7 @@ def _shortened(row: Answered, length: int) -> Answered:
     return Answered(row.ids[surplus:], row.start - surplus)
 
 
-def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> _Asked:
+def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
     room = _room(subject, how.max_new_tokens)
     whole = [subject.encoder.prompt(how.shown + example.prompt) for example in examples]
     prompts = [ids[-room:] for ids in whole]
@@ -144,7 +167,8 @@ def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example]
     )
     read = [RULES[task.card.extract](text) or "" for text in texts]
     found: Any = [_label(text, task.card.words) for text in read] if task.labels else read
-    return found, texts, list(map(len, prompts)), sum(len(ids) > room for ids in whole)
+    cut = [len(ids) > room for ids in whole]
+    return [_Answer(*one) for one in zip(found, texts, map(len, prompts), cut, strict=True)]
 
 
 def _room(subject: Subject, max_new_tokens: int) -> int:

@@ -41,7 +41,7 @@ class TextCard(TaskCard):
         folder: below the root, that ``files`` are in; may be empty.
         files: of the splits ``train``, ``test`` and, where there is one, ``validation``. A ``.tsv`` or ``.csv`` file
             has ``columns`` as its first line, or no first line of names and exactly these columns.
-        hub: ``owner/name`` or ``owner/name:configuration`` of the same data on the hub.
+        hub: ``owner/name`` of the same data on the hub.
         hub_splits: the hub's name of each split, where it is another.
         columns: that every row has.
         text: column that a head classifies; the prompt's columns where it is empty.
@@ -57,7 +57,6 @@ class TextCard(TaskCard):
 
     classes: int = 0
     preprocessing: str = "none"
-    hub: str = ""
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     text: str = ""
@@ -173,6 +172,8 @@ def _problems(card: TextCard) -> list[str]:
             problems.append(f"{name} {column!r} is not one of the columns{did_you_mean(column, card.columns)}")
     if card.pair and not card.text:
         problems.append("pair needs text")
+    if card.hub and (":" in card.hub or card.hub.count("/") != 1):
+        problems.append(f"hub {card.hub!r} is no owner/name; a configuration is named by hub_config")
     problems += prompt_problems(card.prompt, card.columns, card.target)
     problems += _answer_problems(card)
     return problems

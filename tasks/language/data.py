@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -96,23 +97,28 @@ class TextTask:
         return "".join(text + BETWEEN_EXAMPLES for text in texts)
 
 
-def load_text_task(task: str, root: str | None = None) -> TextTask:
+def load_text_task(task: str, root: str | None = None, data: str | None = None) -> TextTask:
     """Load a language task.
 
     Args:
         task: name of a shipped one, or a card file of your own.
         root: folder its files are below: by default what ``PYRA_DATA`` names; without that a card file's own folder,
             and for a shipped task the hub.
+        data: folder with the task's files themselves, instead.
 
     Raises:
         DataError: for an unknown task, or data that is not there or is not what the card says.
     """
     card, home = find_text_card(task)
+    if data is not None:
+        card, root = dataclasses.replace(card, folder=""), data
+        if not data.strip():
+            raise DataError(f"--data is empty; give the folder with {card.layout} (. for this one)")
     root = root or os.environ.get("PYRA_DATA")
     place = Path(root).expanduser() if root else None
     if place is None and card.files and all((home / card.folder / file).is_file() for file in card.files.values()):
         place = home
-    records = read_records(card, place)
+    records = read_records(card, place, flag="--root" if data is None else "--data")
     splits = {name: _examples(card, name, rows) for name, rows in records.items()}
     return TextTask(card, splits, f"hub:{card.hub}" if place is None else str(place / card.folder))
 

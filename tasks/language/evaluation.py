@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,16 @@ from pyra.errors import ConfigError
 from pyra.files import write_json
 from pyra.records import type_problems
 from pyra.tasks.language.answering import Asking, Scored, answer
-from pyra.tasks.language.data import TextTask, load_text_task
-from pyra.tasks.language.models import load_decoder, load_encoder, longest, read_config
+from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
+from pyra.tasks.language.models import backbone_digest, load_decoder, load_encoder, longest, read_config
 from pyra.tasks.language.options import LanguageOptions
-from pyra.tasks.language.results import ZERO_SHOT, language_result
+from pyra.tasks.language.results import asked_settings, scored_columns, zero_shot_row
 from pyra.tasks.language.runs import Subject, load_language_run, resolve_answer
 from pyra.tasks.output import staged_output
-from pyra.tasks.results import RunResult, read_result
+from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DTYPES, resolve_device
+from pyra.tasks.training import PREDICTIONS
+from pyra.tasks.usage import Meter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,7 @@ def evaluate_language_run(folder: str | Path, asked: Evaluation) -> tuple[RunRes
     """
     folder = Path(folder)
     device = resolve_device(asked.device)
+    meter = Meter(device).start()
     subject, options, task = load_language_run(folder)
     trained_for = subject.answer
     if asked.answer is not None and asked.answer != trained_for:
@@ -105,20 +109,21 @@ def evaluate_language_run(folder: str | Path, asked: Evaluation) -> tuple[RunRes
     config = getattr(subject.model, "config", None)
     max_length = longest(options.backbone, config, encoder.tokenizer, changed.max_length)
     subject = Subject(subject.model.to(device), encoder, max_length, asked.answer or trained_for)
-    scored = _scored(subject, task, changed, asked)
+    examples = task.split(asked.split, changed.limit)
+    scored = _scored(subject, task, examples, changed, asked)
     before = read_result(folder)
-    result = language_result(
-        task,
-        scored,
-        subject.model,
-        changed,
-        device,
+    names = ("chat", "dtype", "limit", "max_new_tokens")
+    how = {**{name: getattr(changed, name) for name in names}, **asked_settings(subject, asked.num_fewshot)}
+    result = dataclasses.replace(
+        before,
         split=asked.split,
-        trained_parameters=before.trained_parameters,
-        train_seconds=before.train_seconds,
+        test_sha256=examples_digest(examples),
+        settings={**(before.settings or {}), **how},
+        **scored_columns(task, scored, subject, changed),
+        **meter.stop().columns(),
     )
     file = folder / f"{asked.file}.json"
-    write_json(folder / f"{asked.file}-predictions.json", scored.record(asked.split))
+    write_json(folder / f"predictions-{asked.file}.json", scored.record(asked.split, examples))
     write_json(file, result)
     return result, file, scored.notes()
 
@@ -129,6 +134,7 @@ def evaluate_backbone(
     asked: Evaluation,
     *,
     root: str | None = None,
+    data: str | None = None,
     output: str | None = None,
     overwrite: bool = False,
 ) -> tuple[RunResult, list[str]]:
@@ -138,7 +144,8 @@ def evaluate_backbone(
         backbone: folder or hub name of a decoder.
         task_name: a language task.
         asked: what is asked for.
-        root: folder with the task's files.
+        root: folder with a folder of each task's files.
+        data: folder with the task's files themselves, instead.
         output: folder that the row and the answers are written to; None writes nothing.
         overwrite: replace an earlier one there.
 
@@ -146,33 +153,39 @@ def evaluate_backbone(
         PyraError: for anything wrong with the options, the data, the backbone or the output folder.
     """
     device = resolve_device(asked.device)
-    task = load_text_task(task_name, root)
+    meter = Meter(device).start()
+    task = load_text_task(task_name, root, data)
     answered_by = resolve_answer(task.card, asked.answer, head=False)
-    changed = asked.changed(LanguageOptions(backbone=backbone, task=task_name, root=root))
+    changed = asked.changed(LanguageOptions(backbone=backbone, task=task_name))
     config = read_config(backbone)
     encoder = load_encoder(backbone, chat=changed.chat)
     max_length = longest(backbone, config, encoder.tokenizer, asked.max_length)
-    subject = Subject(load_decoder(backbone).to(device), encoder, max_length, answered_by)
+    model = load_decoder(backbone)
+    weights = backbone_digest(model)
+    subject = Subject(model.to(device), encoder, max_length, answered_by)
+    examples = task.split(asked.split, changed.limit)
 
     def row() -> tuple[RunResult, Scored]:
-        scored = _scored(subject, task, changed, asked)
-        made = language_result(task, scored, subject.model, changed, device, split=asked.split, method=ZERO_SHOT)
-        return made, scored
+        scored = _scored(subject, task, examples, changed, asked)
+        columns = {"split": asked.split, "test_sha256": examples_digest(examples), "weights_sha256": weights}
+        more = {**columns, **meter.stop().columns()}
+        return zero_shot_row(task, scored, subject, changed, asked.num_fewshot, **more), scored
 
     if output is None:
         result, scored = row()
     else:
         with staged_output(output, "run", overwrite) as folder:
             result, scored = row()
-            write_json(folder / "predictions.json", scored.record(asked.split))
-            write_json(folder / "result.json", result)
+            write_json(folder / PREDICTIONS, scored.record(asked.split, examples))
+            write_json(folder / RESULT_FILE, result)
     return result, scored.notes()
 
 
-def _scored(subject: Subject, task: TextTask, options: LanguageOptions, asked: Evaluation) -> Scored:
+def _scored(
+    subject: Subject, task: TextTask, examples: Sequence[Example], options: LanguageOptions, asked: Evaluation
+) -> Scored:
     if asked.num_fewshot and subject.answer == "head":
         raise ConfigError(f"--num-fewshot {asked.num_fewshot} goes with prompts: this run answers by its head")
-    examples = task.split(asked.split, options.limit)
     how = Asking(
         options.batch_size,
         DTYPES[options.dtype],

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,15 @@ from tabulate import tabulate
 from pyra.errors import ConfigError, DataError, did_you_mean
 from pyra.files import write_json, write_text
 from pyra.tasks.language.evaluation import Evaluation
-from pyra.tasks.language.models import count_macs, load_decoder, load_encoder, longest, read_config
-from pyra.tasks.language.results import ZERO_SHOT
+from pyra.tasks.language.models import backbone_digest, count_macs, load_decoder, load_encoder, longest, read_config
+from pyra.tasks.language.results import UNIT, ZERO_SHOT
 from pyra.tasks.language.runs import Subject, load_language_run
 from pyra.tasks.language.task_files import check_task_files, sandboxed
 from pyra.tasks.output import staged_output
 from pyra.tasks.results import RunResult, environment, read_result
 from pyra.tasks.runs import DTYPES, resolve_device
 
-ROWS, OWN = "lm-eval.json", "lm-eval-harness.json"
+OWN = "lm-eval.json"
 _NO_METRIC = ("alias", "name", "sample_len", "sample_count")
 
 
@@ -56,22 +57,22 @@ class Outcome:
     Attributes:
         rows: one for each task and metric.
         errors: standard error of each row's value, None where the harness gives none.
-        shots: answered examples before each prompt, for each row.
         own: the harness's results as it gives them.
     """
 
     rows: list[RunResult]
     errors: list[float | None]
-    shots: list[int | None]
     own: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write the rows, and the harness's own results beside them."""
-        lines = [
-            {"row": row.to_dict(), "standard_error": error, "num_fewshot": shots}
-            for row, error, shots in zip(self.rows, self.errors, self.shots, strict=True)
-        ]
-        write_json(folder / ROWS, {"macs": "of a forward over one token", "results": lines})
+        """Write a file for each row, as ``pyra evaluate`` does, and the harness's own results beside them."""
+        names: set[str] = set()
+        for row in self.rows:
+            name = re.sub(r"[^\w.-]+", "-", f"evaluation-lm-eval-{row.task}-{row.metric}").strip("-")
+            while name in names:  # of metrics that differ in signs alone
+                name += "-"
+            names.add(name)
+            write_json(folder / f"{name}.json", row)
         write_text(folder / OWN, json.dumps(self.own, indent=2, default=str, ensure_ascii=False) + "\n")
 
     def table(self) -> str:
@@ -82,16 +83,16 @@ class Outcome:
                 "metric": row.metric,
                 "value": f"{row.value:.4f}",
                 "standard error": "-" if error is None else f"{error:.4f}",
-                "few-shot": "-" if shots is None else shots,
+                "few-shot": "-" if row.settings is None else row.settings["num_fewshot"],
                 "examples": row.num_test,
             }
-            for row, error, shots in zip(self.rows, self.errors, self.shots, strict=True)
+            for row, error in zip(self.rows, self.errors, strict=True)
         ]
         return str(tabulate(lines, headers="keys", disable_numparse=True))
 
 
 def harness_on_run(folder: str | Path, asked: Harness) -> Outcome:
-    """Ask the harness about a run as it is deployed, adapter folded; writes :data:`ROWS` and :data:`OWN` into it.
+    """Ask the harness about a run as it is deployed, adapter folded; writes the rows and :data:`OWN` into it.
 
     Raises:
         ConfigError: where lm-eval is not installed, for tasks that it does not have, task files that run code, or a run
@@ -108,12 +109,8 @@ def harness_on_run(folder: str | Path, asked: Harness) -> Outcome:
     max_length = longest(options.backbone, subject.model.config, subject.encoder.tokenizer, asked.how.max_length)
     subject = Subject(subject.model.to(device), subject.encoder, max_length, subject.answer)
     before = read_result(folder)
-    about = {
-        "method": options.method,
-        "backbone": options.backbone,
-        "seed": options.seed,
-        "trained_parameters": before.trained_parameters,
-    }
+    names = ("method", "backbone", "seed", "trained_parameters", "weights_sha256", "train_sha256", "adapter", "epochs")
+    about = {**{name: getattr(before, name) for name in (*names, "batch_size")}, "settings": before.settings or {}}
     outcome = _ask(subject, asked, about, changed.batch_size, changed.dtype, changed.chat)
     outcome.write(folder)
     return outcome
@@ -138,8 +135,16 @@ def harness_on_backbone(
     config = read_config(backbone)
     encoder = load_encoder(backbone, chat=bool(asked.how.chat))
     max_length = longest(backbone, config, encoder.tokenizer, asked.how.max_length)
-    subject = Subject(load_decoder(backbone).to(device), encoder, max_length, "generation")
-    about = {"method": ZERO_SHOT, "backbone": backbone, "seed": 0, "trained_parameters": 0}
+    model = load_decoder(backbone)
+    about = {
+        "method": ZERO_SHOT,
+        "backbone": backbone,
+        "seed": 0,
+        "trained_parameters": 0,
+        "weights_sha256": backbone_digest(model),
+        "settings": {},
+    }
+    subject = Subject(model.to(device), encoder, max_length, "generation")
     how = (asked.how.batch_size or 16, asked.how.dtype or "float32", bool(asked.how.chat))
     if output is None:
         return _ask(subject, asked, about, *how)
@@ -178,8 +183,8 @@ def _ask(
         here = contextlib.nullcontext() if folder is None else contextlib.chdir(folder)
         with trusted, here:
             own = _evaluate(lm_eval, model, manager, asked, chat)
-    version = str(importlib.metadata.version("lm_eval"))
-    return _outcome(own, subject, about, version)
+    how = {"limit": asked.how.limit, "chat": chat, "dtype": dtype, "max_length": subject.max_length}
+    return _outcome(own, subject, {**about, "settings": {**about["settings"], **how}})
 
 
 def _manager(asked: Harness, folder: Path | None) -> Any:
@@ -227,19 +232,22 @@ def _evaluate(lm_eval: Any, model: Any, manager: Any, asked: Harness, chat: bool
     return found
 
 
-def _outcome(own: dict[str, Any], subject: Subject, about: Mapping[str, Any], version: str) -> Outcome:
+def _outcome(own: dict[str, Any], subject: Subject, about: Mapping[str, Any]) -> Outcome:
+    version = str(importlib.metadata.version("lm_eval"))
     device = next(subject.model.parameters()).device
     layers = int(getattr(getattr(subject.model, "config", None), "num_hidden_layers", 0))
     where = {**environment(str(device)), "lm_eval": version}
-    macs = count_macs(subject.model, 1)
-    rows, errors, shots = [], [], []
+    macs = count_macs(subject.model, 1)  # of a forward over one token: the harness does not tell how many it read
+    rows, errors = [], []
     for task, values in {**own["results"], **own.get("groups", {})}.items():
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if key in _NO_METRIC or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             counts = own.get("n-samples", {}).get(task, {})
-            count = own.get("n-shot", {}).get(task)
+            said = own.get("configs", {}).get(task, {})
+            higher = own.get("higher_is_better", {}).get(task, {}).get(metric)
+            asked = {"num_fewshot": own.get("n-shot", {}).get(task), "answer": said.get("output_type")}
             rows.append(
                 RunResult(
                     task=task,
@@ -250,15 +258,25 @@ def _outcome(own: dict[str, Any], subject: Subject, about: Mapping[str, Any], ve
                     schedule=[0] * layers,
                     rate=0.0,
                     num_test=counts.get("effective"),
-                    protocol=f"lm-eval {version}",
+                    higher_is_better=higher is not False,
+                    split=said.get("test_split") or said.get("validation_split") or "test",
+                    task_version=_text(own.get("versions", {}).get(task)),
+                    preprocessing=f"lm-eval {version}",
+                    data_source=_text(said.get("dataset_path")),
+                    unit=UNIT,
+                    protocol="fixed",
+                    selection="none",
                     environment=where,
-                    **about,
+                    **{**about, "settings": {**about["settings"], **asked}},
                 )
             )
             error = values.get(f"{metric}_stderr,{kind}")
             errors.append(float(error) if isinstance(error, (int, float)) else None)
-            shots.append(count if isinstance(count, int) else None)
-    return Outcome(rows, errors, shots, own)
+    return Outcome(rows, errors, own)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 @contextlib.contextmanager

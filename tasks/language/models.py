@@ -22,6 +22,7 @@ from pyra.adapters.targets import trained_modules
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, UnsupportedModelError
 from pyra.tasks.language.tokens import Encoder
+from pyra.tasks.provenance import weights_digest
 
 LONGEST = 512
 """Tokens that are read where ``--max-length`` says nothing; fewer where the backbone reads fewer."""
@@ -182,6 +183,12 @@ def weights_record(backbone: str) -> dict[str, str] | None:
     if not folder.is_dir():
         return None
     return {file.name: file_digest(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def backbone_digest(model: nn.Module) -> str:
+    """Return the hash of a backbone's weights; a head, and what pools for it, may be new and do not count."""
+    new = [*trained_modules(model), *(name for name, _ in model.named_modules() if name.endswith("pooler"))]
+    return weights_digest(model, leave_out=[model.get_submodule(name) for name in new])
 
 
 def count_macs(model: nn.Module, tokens: int) -> int:

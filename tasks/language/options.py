@@ -10,7 +10,7 @@ from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import option, type_problems
 from pyra.tasks.language.cards import ANSWERS
-from pyra.tasks.options import DEVICES
+from pyra.tasks.options import DEVICES, TRACKERS
 
 _IMAGES_ALONE = ("adapter", "bottleneck", "adaptformer", "prompts", "prompts-shallow")
 METHODS = {
@@ -30,7 +30,10 @@ class LanguageOptions:
 
     backbone: str = option("", "folder that transformers has saved, with its tokenizer, or a name on the hub")
     task: str = option("sst2", "a shipped task by name, or a card file of your own")
-    root: str | None = option(None, "folder with the task's files (PYRA_DATA by default; the hub without either)")
+    root: str | None = option(
+        None, "folder with a folder of each task's files (PYRA_DATA by default; the hub without either)"
+    )
+    data: str | None = option(None, "folder with the task's files themselves, instead of --root")
     method: str = option("lora", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     answer: str | None = option(
         None,
@@ -55,15 +58,21 @@ class LanguageOptions:
     batch_size: int = option(16, "examples a step, and a scored forward")
     lr: float | None = option(None, "peak learning rate of AdamW; by default 1e-3 (linear), 2e-5 (full), 3e-4 (others)")
     weight_decay: float = option(0.01, "decoupled weight decay")
+    accumulate: int = option(1, "parts a step's examples are forwarded in: less memory, the same step")
+    track: tuple[str, ...] = option((), "trackers that must be installed", choices=TRACKERS)
+    save_steps: int = option(500, "steps between checkpoints, besides one at the end of each epoch")
     seed: int = option(0, "random seed")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("float32", "precision of the forward", choices=("float32", "bfloat16", "float16"))
     limit: int | None = option(None, "use this many examples of each split only (a fixed draw), to try things out")
     output: str = option("runs/latest", "folder of the run")
     overwrite: bool = option(False, "replace the run in --output")
+    resume: bool = option(False, "go on with what was interrupted in --output; a finished run is left as it is")
 
     def __post_init__(self) -> None:
         """Check all options together; raises :class:`ConfigError` with every problem."""
+        if isinstance(self.track, list):  # from JSON
+            self.track = tuple(self.track)
         problems = type_problems(LanguageOptions, {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
@@ -77,10 +86,15 @@ class LanguageOptions:
             allowed = checked.metadata.get("choices")
             value = getattr(self, checked.name)
             skipped = checked.name == "method" and value in _IMAGES_ALONE
-            if allowed and not skipped and value not in (*allowed, checked.default):
-                close = did_you_mean(str(value), allowed)
-                problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {value!r}{close}")
-        for name in ("rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit"):
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                if allowed and not skipped and one not in (*allowed, checked.default):
+                    close = did_you_mean(str(one), allowed)
+                    problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {one!r}{close}")
+        if self.root is not None and self.data is not None:
+            problems.append("give --root or --data, not both")
+        for name in (
+            "rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit", "accumulate", "save_steps",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {value}")
@@ -103,6 +117,15 @@ class LanguageOptions:
     def learning_rate(self) -> float:
         """Peak learning rate: the one that was given, or that of the method."""
         return _LEARNING_RATES.get(self.method, 3e-4) if self.lr is None else self.lr
+
+    @property
+    def label(self) -> str:
+        """What tables call the method."""
+        return self.method
+
+    def pyra_config(self) -> None:
+        """Return None: no tokens merge."""
+        return
 
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""

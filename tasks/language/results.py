@@ -2,83 +2,116 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from pyra.tasks.language.answering import Scored
-from pyra.tasks.language.data import TextTask
+from pyra.tasks.language.data import Example, TextTask, examples_digest
 from pyra.tasks.language.options import LanguageOptions
+from pyra.tasks.language.runs import Subject
+from pyra.tasks.provenance import adapter_settings, majority, settings
 from pyra.tasks.results import RunResult, environment
 
 ZERO_SHOT = "none"
 """Method of a backbone that nothing was trained for."""
 
-_FIELDS = frozenset(field.name for field in dataclasses.fields(RunResult))
+UNIT, PREPROCESSING = "examples", "text"
 
 
-def language_result(
-    task: TextTask,
-    scored: Scored,
-    model: nn.Module,
-    options: LanguageOptions,
-    device: torch.device,
-    *,
-    split: str,
-    trained_parameters: int = 0,
-    train_seconds: float | None = None,
-    method: str | None = None,
-    batch_size: int | None = None,
+def trained_row(
+    task: TextTask, scored: Scored, subject: Subject, options: LanguageOptions, train: Sequence[Example], **more: Any
 ) -> RunResult:
-    """Return the row of a model that was scored.
+    """Return the row of a run.
 
-    Its MACs are those of one forward over an example of average length; nothing merges, so the rate is 0.
+    Args:
+        task: it was trained for.
+        scored: on its test split.
+        subject: the trained model.
+        options: of the run.
+        train: examples it was trained on.
+        more: columns that were measured.
     """
-    method = method or options.method
-    size = batch_size or options.batch_size
     return RunResult(
         task=task.name,
-        method=method,
+        method=options.label,
         metric=task.card.metric,
-        value=scored.value,
-        macs=scored.macs,
-        plain_macs=scored.macs,
-        schedule=[0] * int(getattr(getattr(model, "config", None), "num_hidden_layers", 0)),
         rate=0.0,
-        trained_parameters=trained_parameters,
         seed=options.seed,
         backbone=options.backbone,
-        batch_size=size,
-        epochs=None if method == ZERO_SHOT else options.epochs,
-        train_seconds=train_seconds,
-        num_test=len(scored.references),
-        protocol=f"{split} split",
-        environment=environment(str(device)),
-        **_known(
-            unit="examples",
-            images_per_second=len(scored.references) / scored.seconds,
-            throughput_batch_size=size,
-            higher_is_better=task.card.higher_is_better,
-            majority_value=majority(task, scored),
-            task_version=task.card.version,
-            data_source=task.source,
-            split=split,
-        ),
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        train_sha256=examples_digest(train),
+        adapter=adapter_settings(options),
+        settings={**settings(options), **asked_settings(subject)},
+        **_shared(task),
+        **scored_columns(task, scored, subject, options),
+        **more,
     )
 
 
-def majority(task: TextTask, scored: Scored) -> float | None:
-    """Return the score of always answering the most frequent training label; None without labels."""
-    if not task.labels:
-        return None
-    (label, _), *_rest = Counter(example.label for example in task.splits["train"]).most_common(1)
-    return sum(right == label for right in scored.references) / len(scored.references)
+def zero_shot_row(
+    task: TextTask, scored: Scored, subject: Subject, options: LanguageOptions, shots: int, **more: Any
+) -> RunResult:
+    """Return the row of a backbone that nothing was trained for; arguments as of :func:`trained_row`."""
+    names = ("chat", "dtype", "limit", "max_new_tokens")
+    return RunResult(
+        task=task.name,
+        method=ZERO_SHOT,
+        metric=task.card.metric,
+        rate=0.0,
+        seed=options.seed,
+        backbone=options.backbone,
+        trained_parameters=0,
+        settings={**{name: getattr(options, name) for name in names}, **asked_settings(subject, shots)},
+        **_shared(task),
+        **scored_columns(task, scored, subject, options),
+        **more,
+    )
 
 
-def _known(**values: Any) -> dict[str, Any]:
-    """Keep what rows have a field for; without a unit, a speed would be read as images per second."""
-    speeds = ("images_per_second", "throughput_batch_size")
-    return {k: v for k, v in values.items() if k in _FIELDS and ("unit" in _FIELDS or k not in speeds)}
+def asked_settings(subject: Subject, shots: int = 0) -> dict[str, Any]:
+    """Return how a model is asked: what the options leave to the task and the backbone is said."""
+    return {"answer": subject.answer, "max_length": subject.max_length, "num_fewshot": shots}
+
+
+def scored_columns(task: TextTask, scored: Scored, subject: Subject, options: LanguageOptions) -> dict[str, Any]:
+    """Return the columns that belong to the examples that were scored.
+
+    MACs are those of one forward over an example of average length; nothing merges. The speed is that of scoring,
+    generation included.
+    """
+    layers = int(getattr(getattr(subject.model, "config", None), "num_hidden_layers", 0))
+    train = [example.label for example in task.splits["train"]]
+    references: Any = scored.references
+    return {
+        "value": scored.value,
+        "macs": scored.macs,
+        "plain_macs": scored.macs,
+        "schedule": [0] * layers,
+        "images_per_second": len(scored.references) / scored.seconds,
+        "throughput_batch_size": options.batch_size,
+        "num_test": len(scored.references),
+        "majority_value": majority(train, references) if task.labels else None,
+        "environment": environment(str(next(subject.model.parameters()).device)),
+    }
+
+
+def _shared(task: TextTask) -> dict[str, Any]:
+    return {
+        "unit": UNIT,
+        "higher_is_better": task.card.higher_is_better,
+        "task_version": task.card.version,
+        "preprocessing": PREPROCESSING,
+        "data_source": _source(task),
+        "protocol": "fixed",
+        "selection": "none: the last epoch of the given options",
+    }
+
+
+def _source(task: TextTask) -> str:
+    """Say where the texts came from without naming this machine's folders."""
+    kind, _, name = task.source.partition(":")
+    if kind == "hub":
+        return name
+    return "/".join(Path(task.source).expanduser().resolve().parts[-2 if task.card.folder else -1 :])

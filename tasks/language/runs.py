@@ -6,6 +6,7 @@ The layout is that of runs on images (:mod:`pyra.tasks.runs`); ``options.json`` 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from pyra.tasks.language.models import (
 )
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.tokens import Encoder
+from pyra.tasks.resuming import Begin
+from pyra.tasks.runs import ADAPTER, DATA, OPTIONS
 
 KIND = "language"
-ADAPTER = "adapter"
-_OPTIONS, _LABELS, _BACKBONE, _DATA = "options.json", "labels.json", "backbone.json", "data.json"
+_LABELS, _BACKBONE = "labels.json", "backbone.json"
 
 
 @dataclass(frozen=True)
@@ -97,32 +99,44 @@ def adapted(model: nn.Module, options: LanguageOptions) -> nn.Module:
     return model if options.method == "full" else adapt(model, peft=options.peft_config())
 
 
-def save_language_run(folder: Path, options: LanguageOptions, task: TextTask, left_out: int = 0) -> None:
+def save_language_run(folder: Path, begin: Begin, labels: Sequence[str]) -> None:
     """Write what is needed to make the model again (the adapter is saved beside it), and on what it was made.
 
     Args:
         folder: of the run.
-        options: it was made with.
-        task: it was made for.
-        left_out: training examples that were too long.
+        begin: what it is begun with, of :func:`begin_run`.
+        labels: of its task.
     """
-    write_json(folder / _DATA, {**_record(task), "left_out": left_out})
-    weights = weights_record(options.backbone)
+    write_json(folder / DATA, begin.data)
+    weights = weights_record(begin.options["backbone"])
     if weights is not None:
         write_json(folder / _BACKBONE, {"files": weights})
+    write_json(folder / OPTIONS, begin.options)
+    write_json(folder / _LABELS, list(labels))
+
+
+def begin_run(options: LanguageOptions, task: TextTask | None = None, left_out: int = 0) -> Begin:
+    """Return what a run is begun with, as it is stored: a run is read from any folder, so paths are absolute.
+
+    Args:
+        options: it is made with.
+        task: it is made for.
+        left_out: training examples that are too long.
+    """
     values = asdict(options)
-    for name in ("backbone", "task", "root"):  # a run is read from any folder
+    for name in ("backbone", "task", "root", "data"):
         path = Path(values[name]).expanduser() if values[name] else None
         if path is not None and path.exists() and (name != "task" or path.is_file()):
             values[name] = str(path.resolve())
-    write_json(folder / _OPTIONS, {"kind": KIND, **values})
-    write_json(folder / _LABELS, list(task.labels))
+    data = None if task is None else {**_record(task), "left_out": left_out}
+    name = "" if task is None else task.name
+    return Begin(options.output, {"kind": KIND, **values}, name, data, options.resume, options.overwrite)
 
 
 def is_language_run(folder: str | Path) -> bool:
     """Whether a folder holds a run on a language task."""
     try:
-        values = read_json(Path(folder) / _OPTIONS)
+        values = read_json(Path(folder) / OPTIONS)
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.get("kind") == KIND
@@ -135,16 +149,16 @@ def read_language_options(folder: str | Path) -> LanguageOptions:
         DataError: where the folder holds no finished run on a language task.
     """
     folder = Path(folder)
-    values = _read(folder, _OPTIONS)
+    values = _read(folder, OPTIONS)
     if not isinstance(values, dict) or values.pop("kind", None) != KIND:
         raise DataError(f"{folder} is no run on a language task")
     problems = record_problems(LanguageOptions, values)
     if problems:
-        raise DataError(f"{folder / _OPTIONS} holds no options of a run: {'; '.join(problems)}")
+        raise DataError(f"{folder / OPTIONS} holds no options of a run: {'; '.join(problems)}")
     try:
         return LanguageOptions(**values)
     except ConfigError as error:
-        raise DataError(f"{folder / _OPTIONS}: {error}") from None
+        raise DataError(f"{folder / OPTIONS}: {error}") from None
 
 
 def load_language_run(folder: str | Path) -> tuple[Subject, LanguageOptions, TextTask]:
@@ -157,7 +171,7 @@ def load_language_run(folder: str | Path) -> tuple[Subject, LanguageOptions, Tex
     folder = Path(folder)
     options = read_language_options(folder)
     _check_same_weights(folder, options)
-    task = load_text_task(options.task, options.root)
+    task = load_text_task(options.task, options.root, options.data)
     _check_same_data(folder, task)
     subject = new_subject(options, task)
     model = fold_adapter(load_adapter(subject.model, folder / ADAPTER)).eval().requires_grad_(False)
@@ -176,11 +190,11 @@ def _check_same_weights(folder: Path, options: LanguageOptions) -> None:
 
 
 def _check_same_data(folder: Path, task: TextTask) -> None:
-    labels, stored, now = _read(folder, _LABELS), _read(folder, _DATA), _record(task)
+    labels, stored, now = _read(folder, _LABELS), _read(folder, DATA), _record(task)
     if labels != list(task.labels):
         raise DataError(f"{folder} was trained on other labels than {task.name} has now: the data or the run changed")
     if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
-        raise DataError(f"{folder / _DATA} holds no record of splits")
+        raise DataError(f"{folder / DATA} holds no record of splits")
     if stored.get("version") != now["version"]:
         raise DataError(
             f"{folder} was trained on version {stored.get('version')} of {task.name}, here is version "

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pyra.errors import DataError, did_you_mean
+from pyra.tasks.hub import HubError, HubId, fetched
 from pyra.tasks.language.cards import TextCard
 
 _SHOWN = 5
@@ -28,27 +29,28 @@ class Record:
     source: str
 
 
-def read_records(card: TextCard, root: Path | None) -> dict[str, list[Record]]:
+def read_records(card: TextCard, root: Path | None, flag: str = "--root") -> dict[str, list[Record]]:
     """Read every split of a task.
 
     Args:
         card: of the task.
         root: folder the card's files are below; None takes the hub.
+        flag: that named it, for errors.
 
     Raises:
         DataError: for a file that is missing or broken, columns that are missing, or a hub that cannot be reached (the
             layout of the files is told).
     """
     if root is None:
-        return {split: _from_hub(card, split) for split in card.files or card.splits or ("train", "test")}
+        return _from_hub(card)
     if not card.files:
-        raise DataError(f"task {card.name} names no files, only {card.hub} on the hub: leave --root out")
+        raise DataError(f"task {card.name} names no files, only {card.hub} on the hub: leave {flag} out")
     folder = root / card.folder
     missing = [file for file in card.files.values() if not (folder / file).is_file()]
     if missing:
-        hub = f"; without --root it is fetched from {card.hub} on the hub" if card.hub else ""
+        hub = f"; without {flag} it is fetched from {card.hub} on the hub" if card.hub else ""
         there = f"{folder} is not there" if not folder.is_dir() else f"{folder} has no {', '.join(missing)}"
-        raise DataError(f"{there}: task {card.name} is read from {card.layout} below --root{hub}")
+        raise DataError(f"{there}: task {card.name} is read from {card.layout} below {flag}{hub}")
     return {split: read_file(folder / file, card.columns) for split, file in card.files.items()}
 
 
@@ -123,21 +125,27 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any
         yield row, f"{path}, row {number}"
 
 
-def _from_hub(card: TextCard, split: str) -> list[Record]:
+def _from_hub(card: TextCard) -> dict[str, list[Record]]:
     if not card.hub:
         raise DataError(f"task {card.name} does not bring its data: give --root FOLDER, which holds {card.layout}")
-    name, _, configuration = card.hub.partition(":")
-    wanted = card.hub_splits.get(split, split)
+    source = HubId(card.hub, card.hub_config or None)
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=wanted)
-    except Exception as error:  # a hub that is not there fails in many ways
-        reason = " ".join(str(error).split())[:160]
+        found = fetched(source)
+    except HubError as error:
         local = f"; with --root FOLDER it is read from {card.layout} there" if card.files else ""
-        raise DataError(f"split {wanted} of {card.hub} cannot be had from the hub ({reason}){local}") from None
-    _refuse_missing(card.columns, rows.column_names, card.hub)
-    rows = rows.select_columns(card.columns)
-    sources = (f"{card.hub}, {wanted} {number}" for number in range(len(rows)))
-    return [Record(_texts(row, card.columns, where), where) for row, where in zip(rows, sources, strict=True)]
+        raise DataError(f"{error}{local}") from None
+    wanted = {split: card.hub_splits.get(split, split) for split in card.files or card.splits or ("train", "test")}
+    missing = [name for name in wanted.values() if name not in found]
+    if missing:
+        raise DataError(f"{source} of the Hugging Face hub has no split {', '.join(missing)}, only {', '.join(found)}")
+    return {split: _of_rows(found[name], card.columns, f"{source}, {name}") for split, name in wanted.items()}
+
+
+def _of_rows(rows: datasets.Dataset, columns: Sequence[str], where: str) -> list[Record]:
+    _refuse_missing(columns, rows.column_names, where)
+    rows = rows.select_columns(list(columns))
+    places = (f"{where} {number}" for number in range(len(rows)))
+    return [Record(_texts(row, columns, place), place) for row, place in zip(rows, places, strict=True)]
 
 
 def _texts(row: dict[str, Any], columns: Sequence[str], where: str) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,24 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from pyra.adapters import fold_adapter, save_adapter
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.recipe import parameter_groups
 from pyra.errors import ConfigError, TrainingError
 from pyra.files import write_json
-from pyra.tasks.fitting.trainer import MovingRanks, ProgressBar
-from pyra.tasks.language.answering import Asking, answer
-from pyra.tasks.language.data import Example, load_text_task
+from pyra.tasks.fitting import processes
+from pyra.tasks.fitting.fit import Fitted, forget_checkpoints
+from pyra.tasks.fitting.loop import (
+    losses_of,
+    refuse_broken,
+    run_through,
+    steps_of,
+    training_arguments,
+    where_to_go_on,
+)
+from pyra.tasks.fitting.trainer import KeepingTrainer, MovingRanks
+from pyra.tasks.language.answering import Asking, Scored, answer
+from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
+from pyra.tasks.language.models import backbone_digest
 from pyra.tasks.language.options import LanguageOptions
-from pyra.tasks.language.results import language_result
-from pyra.tasks.language.runs import ADAPTER, Subject, adapted, new_subject, save_language_run
+from pyra.tasks.language.results import trained_row
+from pyra.tasks.language.runs import Subject, adapted, begin_run, new_subject, save_language_run
 from pyra.tasks.language.scoring import collate
 from pyra.tasks.language.tokens import IGNORED, mask, pad
-from pyra.tasks.output import staged_output
-from pyra.tasks.results import RunResult
-from pyra.tasks.runs import DTYPES, resolve_device
+from pyra.tasks.results import RESULT_FILE, RunResult, read_result
+from pyra.tasks.resuming import finished_as, shared_folder
+from pyra.tasks.runs import ADAPTER, DTYPES
+from pyra.tasks.training import PREDICTIONS, TRAINING, ready
+from pyra.tasks.usage import Meter
 
 Row = dict[str, Any]
 
@@ -52,41 +62,83 @@ def train_language(options: LanguageOptions) -> tuple[RunResult, list[str]]:
     """Train and score one run on a language task, and write its folder; returns its row, and what is worth knowing.
 
     All that can be wrong with the input is found before the output folder is touched, and an earlier run there is
-    replaced when the new one is complete.
+    replaced when the new one is complete. With ``options.resume`` an interrupted run goes on from its newest complete
+    checkpoint, and a finished one is left as it is. In a distributed run every process calls this and gets the result.
 
     Raises:
         PyraError: for anything wrong with the options, the data, the backbone or the output folder.
         TrainingError: where the loss stops being a number.
     """
-    set_seed(options.seed)
-    device = resolve_device(options.device)
-    task = load_text_task(options.task, options.root)
+    device = ready(options)
+    task = load_text_task(options.task, options.root, options.data)
+    if options.resume:
+        earlier = processes.on_main(lambda: finished_as(begin_run(options)))
+        if earlier is not None:
+            return earlier, []
     subject = new_subject(options, task)
-    test = task.split("test", options.limit)
-    rows, left_out = training_rows(subject, task.split("train", options.limit))
-    model = adapted(subject.model, options)
-    with staged_output(options.output, "run", options.overwrite) as folder:
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        seconds = fit(model, subject, rows, options, folder, device)
-        model.cpu().eval()
-        save_adapter(model, folder / ADAPTER)
-        save_language_run(folder, options, task, left_out)
-        folded = dataclasses.replace(subject, model=fold_adapter(model).to(device).eval())
-        scored = answer(folded, task, test, asking(options, f"{options.method}: test"))
-        result = language_result(
+    examples, test = task.split("train", options.limit), task.split("test", options.limit)
+    rows, trained_on = training_rows(subject, examples)
+    left_out = len(examples) - len(trained_on)
+    notes = [f"{left_out} training examples are longer than {subject.max_length} tokens, and were left out"]
+    weights = backbone_digest(subject.model)
+    subject = dataclasses.replace(subject, model=adapted(subject.model, options))
+    begin = begin_run(options, task, left_out)
+    with shared_folder(begin) as folder:
+        if (folder / RESULT_FILE).exists():  # the process was killed between its last file and the swap
+            return read_result(folder), []
+        processes.on_main(lambda: save_language_run(folder, begin, task.labels))
+        result, scored = _run(options, task, subject, rows, trained_on, test, folder, device, weights)
+    return result, (notes if left_out else []) + scored.notes()
+
+
+def _run(
+    options: LanguageOptions,
+    task: TextTask,
+    subject: Subject,
+    rows: Sequence[Row],
+    trained_on: Sequence[Example],
+    test: Sequence[Example],
+    folder: Path,
+    device: torch.device,
+    weights: str,
+) -> tuple[RunResult, Scored]:
+    model = subject.model
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    meter = Meter(device).start()
+    try:
+        fitted = fit(model, subject, rows, options, folder, device)
+    except TrainingError:  # its checkpoints lead to the same end
+        processes.on_main(lambda: forget_checkpoints(folder))
+        raise
+    model.cpu().eval()
+    processes.on_main(lambda: _save_trained(model, folder))
+    folded = dataclasses.replace(subject, model=fold_adapter(model).to(device).eval())
+    scored = answer(folded, task, test, asking(options, f"{options.label}: test"))
+
+    def finish() -> RunResult:
+        result = trained_row(
             task,
             scored,
-            folded.model,
+            folded,
             options,
-            device,
-            split="test",
+            trained_on,
             trained_parameters=trained,
-            train_seconds=seconds,
+            train_seconds=fitted.seconds,
+            weights_sha256=weights,
+            test_sha256=examples_digest(test),
+            **meter.stop().columns(),
         )
-        write_json(folder / "predictions.json", scored.record("test"))
-        write_json(folder / "result.json", result)
-    notes = [f"{left_out} training examples are longer than {subject.max_length} tokens, and were left out"]
-    return result, (notes if left_out else []) + scored.notes()
+        write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
+        write_json(folder / PREDICTIONS, scored.record("test", test))
+        write_json(folder / RESULT_FILE, result)
+        forget_checkpoints(folder)
+        return result
+
+    return processes.on_main(finish), scored
+
+
+def _save_trained(model: nn.Module, folder: Path) -> None:
+    save_adapter(model, folder / ADAPTER)
 
 
 def asking(options: LanguageOptions, label: str) -> Asking:
@@ -94,31 +146,33 @@ def asking(options: LanguageOptions, label: str) -> Asking:
     return Asking(options.batch_size, DTYPES[options.dtype], options.max_new_tokens, label=label)
 
 
-def training_rows(subject: Subject, examples: Sequence[Example]) -> tuple[list[Row], int]:
+def training_rows(subject: Subject, examples: Sequence[Example]) -> tuple[list[Row], list[Example]]:
     """Encode what is trained on.
 
     A head reads a text cut to the length that is read. A decoder learns an answer whole, with the end-of-text token
     after it, or not at all: examples that are longer are left out.
 
     Returns:
-        The rows, and how many examples were left out.
+        The rows, and the example of each.
 
     Raises:
         ConfigError: where all are longer than what is read.
     """
     if subject.answer == "head":
-        return [{**subject.encoder.texts(e.texts, subject.max_length), "labels": e.label} for e in examples], 0
-    rows = []
+        rows = [{**subject.encoder.texts(one.texts, subject.max_length), "labels": one.label} for one in examples]
+        return rows, list(examples)
+    rows, kept = [], []
     for example in examples:
         (found,) = subject.encoder.answered(example.prompt, [example.answer])
         ids = [*found.ids, *subject.encoder.end]
         if len(ids) <= subject.max_length:
             rows.append({"input_ids": ids, "labels": [IGNORED] * found.start + ids[found.start :]})
+            kept.append(example)
     if not rows:
         raise ConfigError(
             f"--max-length {subject.max_length}: every training example is longer, with its prompt; raise it"
         )
-    return rows, len(examples) - len(rows)
+    return rows, kept
 
 
 def batcher(answered_by_head: bool, pad_id: int) -> Callable[[Sequence[Row]], dict[str, Tensor]]:
@@ -143,52 +197,31 @@ def fit(
     options: LanguageOptions,
     folder: Path,
     device: torch.device,
-) -> float:
-    """Train the weights that require gradients; returns the seconds it took.
+) -> Fitted:
+    """Train the weights that require gradients, from the newest complete checkpoint in the folder if there is one.
+
+    The loss is the model's own. Every process of a distributed run calls this.
 
     Raises:
+        ConfigError: for a batch that the processes cannot share.
         TrainingError: where the loss or a trained weight is NaN or infinite.
     """
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.01},
-        warmup_steps=0.1,
-        logging_steps=10,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        use_cpu=device.type == "cpu",
-        bf16=options.dtype == "bfloat16",
-        fp16=options.dtype == "float16",
-        seed=options.seed,
-        dataloader_pin_memory=device.type != "cpu",
-    )
     start = time.perf_counter()
+    saved, resumed = where_to_go_on(folder)
     groups = parameter_groups(model, options.learning_rate, options.learning_rate)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
-    trainer = Trainer(
+    trainer = KeepingTrainer(
         model=model,
-        args=arguments,
+        args=training_arguments(options, saved, device, len(rows)),
         train_dataset=Rows(rows),
         data_collator=batcher(subject.answer == "head", subject.encoder.pad_id),
         optimizers=(optimizer, None),
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar(f"{options.method}: training"))
-    ranks = RankAllocation.of(model, math.ceil(options.epochs * len(trainer.get_train_dataloader())))
+    steps_an_epoch, steps = steps_of(trainer, options)
+    ranks = RankAllocation.of(model, steps)
     if ranks is not None:  # PEFT adds AdaLoRA's penalty itself where a model returns its loss
+        trainer.kept["ranks"] = ranks
         trainer.add_callback(MovingRanks(ranks))
-    trainer.train()
-    seconds = time.perf_counter() - start
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-    if broken:
-        raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
-    with contextlib.suppress(OSError):  # nothing is saved in it: leave no empty folder
-        (folder / "checkpoints").rmdir()
-    return seconds
+    run_through(trainer, options, steps_an_epoch, resumed)
+    refuse_broken(model)
+    return Fitted(time.perf_counter() - start, losses_of(trainer.state), [])

@@ -45,8 +45,8 @@ def warnings(groups: Sequence[Group]) -> list[str]:
 
 
 def missing_probes(groups: Sequence[Group]) -> list[str]:
-    """Say how to make the linear probes that a table of results lacks."""
-    runs = [one for one in groups if not one.baseline]
+    """Say how to make the linear probes that a table of results lacks; other metrics are of tasks that take no head."""
+    runs = [one for one in groups if not one.baseline and one.row.metric == "accuracy"]
     probed = {(one.row.task, one.row.backbone) for one in runs if one.row.method == "linear"}
     wanted = {(one.row.task, one.row.backbone): one for one in runs}
     lines = [

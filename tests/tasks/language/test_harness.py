@@ -20,6 +20,7 @@ from pyra.tasks.language.scoring import log_likelihoods
 from pyra.tasks.language.task_files import check_task_files
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.language.training import train_language
+from pyra.tasks.results import read_result, read_result_file
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -90,18 +91,24 @@ def test_a_run_and_a_bare_backbone(
     asked = ["--lm-eval", "tiny_reviews", "--lm-eval-tasks", str(place), "--device", "cpu"]
     assert main(["evaluate", str(run), *asked]) == 0
     assert "tiny_reviews" in capsys.readouterr().out
-    (line,) = json.loads((run / "lm-eval.json").read_text())["results"]
-    row = line["row"]
-    assert (row["task"], row["metric"], row["method"], row["num_test"]) == ("tiny_reviews", "acc", "full", 5)
-    assert line["num_fewshot"] == 0 and line["standard_error"] is not None
-    assert row["trained_parameters"] > 1000 and row["environment"]["lm_eval"]
-    assert row["value"] == 1.0, "what was trained is what is asked"
-    own = json.loads((run / "lm-eval-harness.json").read_text())
+    row = read_result_file(run / "evaluation-lm-eval-tiny_reviews-acc.json")
+    assert (row.task, row.metric, row.method, row.num_test) == ("tiny_reviews", "acc", "full", 5)
+    assert (row.task_version, row.split, row.data_source, row.unit) == ("1.0", "test", "json", "examples")
+    assert row.higher_is_better and row.settings is not None and row.settings["num_fewshot"] == 0
+    trained = read_result(run)
+    assert row.trained_parameters == trained.trained_parameters > 1000 and row.environment["lm_eval"]
+    assert row.weights_sha256 == trained.weights_sha256 is not None and row.settings["lr"] == 3e-3
+    assert row.value == 1.0, "what was trained is what is asked"
+    own = json.loads((run / "lm-eval.json").read_text())
     assert own["results"]["tiny_reviews"]["acc,none"] == 1.0
     bare = ["evaluate", "--backbone", str(backbones["llama"]), *asked, "--limit", "3", "--num-fewshot", "1", "--output"]
     assert main([*bare, str(tmp_path / "zero")]) == 0
-    (line,) = json.loads((tmp_path / "zero" / "lm-eval.json").read_text())["results"]
-    assert (line["row"]["method"], line["row"]["num_test"], line["num_fewshot"]) == ("none", 3, 1)
+    row = read_result_file(tmp_path / "zero" / "evaluation-lm-eval-tiny_reviews-acc.json")
+    assert row.settings is not None and (row.method, row.num_test, row.settings["num_fewshot"]) == ("none", 3, 1)
+    capsys.readouterr()
+    assert main(["results", str(tmp_path), "--evaluations"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("tiny_reviews") == 2 and "sst2" in shown and "skipped" not in shown
 
 
 @needs_harness

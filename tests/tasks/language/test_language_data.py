@@ -145,7 +145,7 @@ def test_what_is_worth_knowing_is_noted(change: Callable[..., str], capsys: pyte
 
 
 def test_the_hub_is_asked_without_a_root_and_says_which_files_would_do() -> None:
-    with pytest.raises(DataError, match=r"openai/gsm8k:main cannot be had from the hub .*gsm8k/train.jsonl") as error:
+    with pytest.raises(DataError, match=r"openai/gsm8k:main cannot be fetched from the .*gsm8k/train.jsonl") as error:
         load_text_task("gsm8k")
     assert "\n" not in str(error.value)
 

@@ -53,6 +53,7 @@ def test_every_method_classifies(
         "options.json",
         "predictions.json",
         "result.json",
+        "training.json",
     ]
     stored = json.loads((tmp_path / "run" / "predictions.json").read_text())
     assert stored["labels"] == [1, 0] * 8 and stored["split"] == "test" and len(stored["predictions"]) == 16
@@ -62,7 +63,7 @@ def test_every_method_classifies(
     assert again.value == pytest.approx(result.value) and file.is_file()
     subject, _, _ = load_language_run(tmp_path / "run")
     assert not any("lora" in name for name, _ in subject.model.named_parameters())
-    predicted = json.loads((tmp_path / "run" / "evaluation-predictions.json").read_text())["predictions"]
+    predicted = json.loads((tmp_path / "run" / "predictions-evaluation.json").read_text())["predictions"]
     assert predicted == stored["predictions"]
 
 
@@ -93,7 +94,7 @@ def test_sums_are_trained_and_answered(method: str, backbones: dict[str, Path], 
     again, _, _ = evaluate_language_run(tmp_path / "run", Evaluation(num_fewshot=1, device="cpu", max_new_tokens=4))
     assert again.num_test == 6 and again.trained_parameters == result.trained_parameters
     plain, _, _ = evaluate_language_run(tmp_path / "run", Evaluation(device="cpu"))
-    predicted = json.loads((tmp_path / "run" / "evaluation-predictions.json").read_text())
+    predicted = json.loads((tmp_path / "run" / "predictions-evaluation.json").read_text())
     assert predicted["texts"] == stored["texts"] and plain.value == result.value
 
 
