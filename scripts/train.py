@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyra.errors import ConfigError
 from pyra.scripts.cli import parse, peek
 
 if TYPE_CHECKING:
@@ -33,6 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> ExperimentOptions:
+    from pyra.tasks.cards import load_card
+
+    try:
+        return _parsed(argv)
+    except ConfigError:
+        task = peek(argv, "task")
+        if task is not None:
+            load_card(task)  # of an unknown one the rest may be said in the words of another kind of task
+        raise
+
+
+def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
     from pyra.tasks.options import METHODS
     from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
 

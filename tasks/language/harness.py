@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -220,7 +221,7 @@ def _evaluate(lm_eval: Any, model: Any, manager: Any, asked: Harness, chat: bool
             limit=asked.how.limit,
             apply_chat_template=chat,
             task_manager=manager,
-            log_samples=False,
+            log_samples=True,
         )
     except Exception as error:  # data that cannot be had, or a task file that says too little: whatever comes up
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -237,9 +238,11 @@ def _outcome(own: dict[str, Any], subject: Subject, about: Mapping[str, Any]) ->
     device = next(subject.model.parameters()).device
     layers = int(getattr(getattr(subject.model, "config", None), "num_hidden_layers", 0))
     where = {**environment(str(device)), "lm_eval": version}
-    macs = count_macs(subject.model, 1)  # of a forward over one token: the harness does not tell how many it read
+    samples = own.pop("samples", {})
     rows, errors = [], []
     for task, values in {**own["results"], **own.get("groups", {})}.items():
+        digest, tokens = _examples(task, samples, own.get("group_subtasks", {}), subject)
+        macs = count_macs(subject.model, tokens)
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if key in _NO_METRIC or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -258,6 +261,7 @@ def _outcome(own: dict[str, Any], subject: Subject, about: Mapping[str, Any]) ->
                     schedule=[0] * layers,
                     rate=0.0,
                     num_test=counts.get("effective"),
+                    test_sha256=digest,
                     higher_is_better=higher is not False,
                     split=said.get("test_split") or said.get("validation_split") or "test",
                     task_version=_text(own.get("versions", {}).get(task)),
@@ -275,17 +279,41 @@ def _outcome(own: dict[str, Any], subject: Subject, about: Mapping[str, Any]) ->
     return Outcome(rows, errors, own)
 
 
+def _examples(
+    task: str, samples: Mapping[str, list[dict[str, Any]]], groups: Mapping[str, list[str]], subject: Subject
+) -> tuple[str | None, int]:
+    """Return the hash of a task's (or a group's) examples, and how many tokens a forward reads on average."""
+    names, docs = [task], {}
+    for name in names:  # grows where it is a group
+        names += [part for part in groups.get(name, []) if part not in names]
+        docs |= {(name, sample["doc_id"]): sample for sample in samples.get(name, [])}
+    if not docs:
+        return None, 1
+    digest = hashlib.sha256()
+    for _, sample in sorted(docs.items()):
+        digest.update(f"{sample['doc_hash']}{sample['target_hash']}".encode())
+    texts = [
+        "".join(part for part in asked if isinstance(part, str)) for s in docs.values() for asked in s["arguments"]
+    ]
+    lengths = [min(len(ids), subject.max_length) for ids in subject.encoder.tokenizer(texts)["input_ids"]]
+    return digest.hexdigest(), max(1, round(sum(lengths) / len(lengths)))
+
+
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's advice off the screen; errors are raised."""
+    """Keep the harness's advice, and git's, off the screen; errors are raised."""
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, commit = logger.level, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = lambda: None  # git complains where there is no checkout; rows name pyra's commit
     try:
         yield
     finally:
         logger.setLevel(level)
+        evaluator.get_git_commit_hash = commit

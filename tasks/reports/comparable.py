@@ -34,6 +34,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
             if len(values) > 1:
                 listed = "; ".join(f"{str(value)[:12]}: {_listed(methods)}" for value, methods in values.items())
                 where = task if split == "test" else f"{task} ({split})"
+                what = what.replace("images", same[0].row.unit)
                 found.append(f"warning: rows of {where} cannot be compared, they differ in {what} ({name}: {listed})")
     old = sum(len(one.members) for one in runs if one.row.test_sha256 is None or one.row.settings is None)
     if old:

@@ -98,8 +98,10 @@ def test_a_run_and_a_bare_backbone(
     trained = read_result(run)
     assert row.trained_parameters == trained.trained_parameters > 1000 and row.environment["lm_eval"]
     assert row.weights_sha256 == trained.weights_sha256 is not None and row.settings["lr"] == 3e-3
+    assert row.test_sha256 and row.macs > 10_000
     assert row.value == 1.0, "what was trained is what is asked"
     own = json.loads((run / "lm-eval.json").read_text())
+    assert "samples" not in own
     assert own["results"]["tiny_reviews"]["acc,none"] == 1.0
     bare = ["evaluate", "--backbone", str(backbones["llama"]), *asked, "--limit", "3", "--num-fewshot", "1", "--output"]
     assert main([*bare, str(tmp_path / "zero")]) == 0
@@ -108,7 +110,7 @@ def test_a_run_and_a_bare_backbone(
     capsys.readouterr()
     assert main(["results", str(tmp_path), "--evaluations"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("tiny_reviews") == 2 and "sst2" in shown and "skipped" not in shown
+    assert shown.count("\ntiny_reviews ") == 2 and "sst2" in shown and "skipped" not in shown
 
 
 @needs_harness
