@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
+    if processes.launched_alone():
+        print(
+            "note: the launcher started one process; for several on the CPU: "
+            "torchrun --nproc_per_node 2 -m pyra.scripts.train ...",
+            file=sys.stderr,
+        )
     try:
         if isinstance(options, LanguageOptions):
             return _language(options)
@@ -47,8 +54,10 @@ def _options(argv: Sequence[str] | None) -> ExperimentOptions:
 
 def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
     from pyra.tasks.options import METHODS
+    from pyra.tasks.presets import FOLDER
     from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
 
+    presets = [file.stem for file in sorted(FOLDER.glob("*.yaml"))]
     return parse(
         ExperimentOptions,
         argv,
@@ -57,12 +66,15 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
             f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{_listed(METHODS)}\n\n"
             f"protocols:\n{_listed(PROTOCOLS)}\n\n"
+            f"presets, the published recipe by name (--config NAME):\n{_listed(dict.fromkeys(presets, ''))}\n\n"
             "Language tasks have options of their own: pyra train --task sst2 --help"
         ),
         example=(
             "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
-            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3\n"
+            "  pyra train --config paper-high --task cifar100 --root vtab-1k --protocol published --seeds 3"
         ),
+        presets=FOLDER,
     )
 
 
@@ -85,7 +97,7 @@ def _language_options(argv: Sequence[str] | None) -> LanguageOptions:
 
 
 def _listed(names: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<17}{text}" for name, text in names.items())
+    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 def _single(options: ExperimentOptions) -> int:
@@ -142,8 +154,6 @@ def _language(options: LanguageOptions) -> int:
 
 
 if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
-    import sys
-
     from pyra.scripts.main import main as pyra
 
     sys.exit(pyra(["train", *sys.argv[1:]]))

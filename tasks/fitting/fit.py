@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +22,16 @@ from pyra.errors import ConfigError
 from pyra.tasks.fitting import checkpoints
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
 from pyra.tasks.fitting.averaging import MovingAverage
-from pyra.tasks.fitting.loop import losses_of, refuse_broken, run_through, steps_of, training_arguments, where_to_go_on
+from pyra.tasks.fitting.clock import Clock
+from pyra.tasks.fitting.loop import (
+    losses_of,
+    refuse_broken,
+    run_through,
+    steps_of,
+    tracking,
+    training_arguments,
+    where_to_go_on,
+)
 from pyra.tasks.fitting.trainer import (
     EpochScores,
     ImageTrainer,
@@ -64,7 +72,7 @@ class Fitted:
     """What a training leaves beside the weights.
 
     Attributes:
-        seconds: wall-clock time of this call; a resumed training counts what it trained itself.
+        seconds: wall-clock time of the training, with what was trained before an interruption.
         losses: step, epoch, loss and learning rate, every ten steps.
         scores: epoch and score of every epoch of a :class:`Watch`.
     """
@@ -104,7 +112,7 @@ def fit(
         ConfigError: for options that do not fit the data, the model or the number of processes.
         TrainingError: where the loss or a trained weight is NaN or infinite.
     """
-    start = time.perf_counter()
+    clock = Clock()
     saved, resumed = where_to_go_on(folder)
     trained, examples, watched = _what_is_trained(model, data, options, device, watch, store)
     if options.gradient_checkpointing and trained is model:
@@ -118,8 +126,10 @@ def fit(
         layer_decay=options.layer_decay,
     )
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
-    trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
+    with tracking(options, folder):
+        trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
     steps_an_epoch, steps = steps_of(trainer, options)
+    trainer.kept["clock"] = clock
     average = _accompany(trainer, trained, options, steps, len(data.class_names))
     if watch is not None and watched is not None:
         scores = EpochScores(
@@ -144,7 +154,7 @@ def fit(
         set_rate(model, options.rates()[-1])
     refuse_broken(model)
     return Fitted(
-        time.perf_counter() - start,
+        clock.seconds(),
         losses_of(trainer.state),
         scores_of(trainer.state),
     )

@@ -61,8 +61,8 @@ def training_arguments(options: LoopOptions, folder: Path, device: torch.device,
         per_device_train_batch_size=processes.batch_of_each(options.batch_size, options.accumulate),
         gradient_accumulation_steps=options.accumulate,
         dataloader_drop_last=examples >= options.batch_size,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.01},
+        lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.01, "warmup_lr_rate": 0.001},
         warmup_steps=0.1,
         logging_steps=10,
         logging_first_step=True,
@@ -90,7 +90,7 @@ def steps_of(trainer: KeepingTrainer, options: LoopOptions) -> tuple[int, int]:
 
 
 def run_through(trainer: KeepingTrainer, options: LoopOptions, steps_an_epoch: int, resumed: Path | None) -> None:
-    """Train with a bar, sealed checkpoints and the trackers that were asked for.
+    """Train with a bar and sealed checkpoints.
 
     Args:
         trainer: with every other callback.
@@ -103,8 +103,7 @@ def run_through(trainer: KeepingTrainer, options: LoopOptions, steps_an_epoch: i
     trainer.add_callback(ProgressBar(f"{options.label}: training"))
     # Last: the others have logged what belongs into the checkpoint.
     trainer.add_callback(Sealing(steps_an_epoch))
-    with tracking(options):
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
 
 
 def refuse_broken(model: nn.Module) -> None:
@@ -120,13 +119,13 @@ def losses_of(state: TrainerState) -> list[dict[str, float]]:
 
 
 @contextmanager
-def tracking(options: LoopOptions) -> Iterator[None]:
-    """Let TensorBoard write into a folder ``logs`` beside the run, where nothing else says otherwise."""
+def tracking(options: LoopOptions, folder: Path) -> Iterator[None]:
+    """Let a trainer that is made here write for TensorBoard into ``logs`` of the folder, unless told otherwise."""
     name = "TENSORBOARD_LOGGING_DIR"
     if "tensorboard" not in options.track or name in os.environ:
         yield
         return
-    os.environ[name] = str(Path(options.output).expanduser() / "logs")
+    os.environ[name] = str(folder / "logs")
     try:
         yield
     finally:

@@ -283,7 +283,8 @@ def _examples(
     task: str, samples: Mapping[str, list[dict[str, Any]]], groups: Mapping[str, list[str]], subject: Subject
 ) -> tuple[str | None, int]:
     """Return the hash of a task's (or a group's) examples, and how many tokens a forward reads on average."""
-    names, docs = [task], {}
+    names = [task]
+    docs: dict[tuple[str, int], dict[str, Any]] = {}
     for name in names:  # grows where it is a group
         names += [part for part in groups.get(name, []) if part not in names]
         docs |= {(name, sample["doc_id"]): sample for sample in samples.get(name, [])}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ from pyra.adapters.recipe import parameter_groups
 from pyra.errors import ConfigError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.fitting import processes
+from pyra.tasks.fitting.clock import Clock
 from pyra.tasks.fitting.fit import Fitted, forget_checkpoints
 from pyra.tasks.fitting.loop import (
     losses_of,
     refuse_broken,
     run_through,
     steps_of,
+    tracking,
     training_arguments,
     where_to_go_on,
 )
@@ -206,17 +207,19 @@ def fit(
         ConfigError: for a batch that the processes cannot share.
         TrainingError: where the loss or a trained weight is NaN or infinite.
     """
-    start = time.perf_counter()
+    clock = Clock()
     saved, resumed = where_to_go_on(folder)
     groups = parameter_groups(model, options.learning_rate, options.learning_rate)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
-    trainer = KeepingTrainer(
-        model=model,
-        args=training_arguments(options, saved, device, len(rows)),
-        train_dataset=Rows(rows),
-        data_collator=batcher(subject.answer == "head", subject.encoder.pad_id),
-        optimizers=(optimizer, None),
-    )
+    with tracking(options, folder):
+        trainer = KeepingTrainer(
+            model=model,
+            args=training_arguments(options, saved, device, len(rows)),
+            train_dataset=Rows(rows),
+            data_collator=batcher(subject.answer == "head", subject.encoder.pad_id),
+            optimizers=(optimizer, None),
+        )
+    trainer.kept["clock"] = clock
     steps_an_epoch, steps = steps_of(trainer, options)
     ranks = RankAllocation.of(model, steps)
     if ranks is not None:  # PEFT adds AdaLoRA's penalty itself where a model returns its loss
@@ -224,4 +227,4 @@ def fit(
         trainer.add_callback(MovingRanks(ranks))
     run_through(trainer, options, steps_an_epoch, resumed)
     refuse_broken(model)
-    return Fitted(time.perf_counter() - start, losses_of(trainer.state), [])
+    return Fitted(clock.seconds(), losses_of(trainer.state), [])
