@@ -81,6 +81,11 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
 def _language_options(argv: Sequence[str] | None) -> LanguageOptions:
     from pyra.tasks.language.options import METHODS, LanguageOptions
 
+    for name in ("protocol", "seeds", "tune", "patience"):
+        if peek(argv, name) is not None:
+            raise ConfigError(
+                f"--{name} is not for language tasks yet: give each --seed an --output, pyra results puts them together"
+            )
     return parse(
         LanguageOptions,
         argv,

@@ -345,6 +345,7 @@ def test_the_command_line_of_language_tasks(
         ("--task", "sst2", "--image-size", "32"): "unknown flag '--image-size'",
         ("--task", "demo", "--max-length", "32"): "unknown flag '--max-length'",
         ("--task", "sst2"): "--backbone is missing",
+        ("--task", "sst2", "--backbone", "x", "--seeds", "3"): "--seeds is not for language tasks yet",
         ("--task", "sst3", "--max-length", "32"): "unknown task 'sst3' (did you mean 'sst2'",
         ("--task", "sst3", "--backbone", "x"): "unknown task 'sst3'",
         ("--task", "demo", "--method", "lora", "--backbone", str(backbones["llama"])): "is a language model",
