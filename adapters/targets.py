@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from peft import IA3Config, LNTuningConfig, PeftConfig, TrainableTokensConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as LNTUNING_TARGETS
 from torch import nn
 
 from pyra.adapters.prompts import VisualPromptsConfig
@@ -37,6 +38,8 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     except UnsupportedModelError as error:
         if isinstance(config, VisualPromptsConfig):
             raise ConfigError(f"visual prompts need an image encoder that could merge: {error}") from None
+        if isinstance(config, LNTuningConfig) and _kind(model) not in LNTUNING_TARGETS:  # BERT and its kin
+            config.target_modules = norm_targets(model, model) or None
         return
     if isinstance(config, VisualPromptsConfig):
         config.target_modules = prompt_target(model, core)
@@ -47,6 +50,10 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     config.target_modules = projection_targets(model, core)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
         config.feedforward_modules = []
+
+
+def _kind(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def projection_targets(model: nn.Module, core: nn.Module) -> list[str] | str:

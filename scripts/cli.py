@@ -88,6 +88,33 @@ def parse(
     return options
 
 
+def peek(argv: Sequence[str] | None, name: str) -> str | None:
+    """Return what ``argv``, or the ``--config`` file in it, gives for one option, before anything else is parsed.
+
+    For verbs whose options depend on it; what is wrong with the rest is told when that is parsed.
+
+    >>> peek(["--task", "sst2", "--epochs", "3"], "task")
+    'sst2'
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(_flag(name), dest="value")
+    parser.add_argument("--config")
+    try:
+        given, _ = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    except argparse.ArgumentError:
+        return None
+    if given.value is not None or given.config is None:
+        return None if given.value is None else str(given.value)
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
+        return None
+    value = content.get(name) if isinstance(content, dict) else None
+    return None if value is None else str(value)
+
+
 def to_yaml(options: Any) -> str:
     r"""Return the options as YAML that ``--config`` reads back.
 

@@ -1,10 +1,11 @@
-"""``pyra evaluate``: score and time a saved run."""
+"""``pyra evaluate``: score and time a saved run, or a language model on a task's prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pyra.errors import ConfigError
 from pyra.records import option
@@ -20,9 +21,38 @@ class EvaluateOptions:
     rate: float | None = option(
         None, "share of the MACs to save; the run's own by default, any of its range if elastic"
     )
-    batch_size: int | None = option(None, "images a forward; the run's own by default")
+    batch_size: int | None = option(None, "images or examples a forward; the run's own by default")
     device: str = option("auto", "auto, cpu or cuda")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
+    backbone: str | None = option(None, "language: score this model without a run, by the prompts of --task")
+    task: str | None = option(None, "language, with --backbone: the task, or a card file of your own")
+    root: str | None = option(
+        None, "language, with --backbone: folder with a folder of each task's files (PYRA_DATA by default)"
+    )
+    data: str | None = option(None, "language, with --backbone: folder with the task's files themselves")
+    answer: str | None = option(
+        None,
+        "language: scoring (label words after the prompt) or generation",
+        choices=("head", "scoring", "generation"),
+    )
+    limit: int | None = option(None, "language: use this many examples only (a fixed draw)")
+    max_length: int | None = option(None, "language: tokens that are read")
+    max_new_tokens: int | None = option(None, "language: tokens that are generated at most, for each answer")
+    num_fewshot: int | None = option(None, "language: answered training examples before each prompt")
+    lm_eval: list[str] | None = option(  # noqa: RUF009 - a dataclass field
+        None, "language: tasks of lm-evaluation-harness, such as gsm8k,hellaswag, instead of the run's own"
+    )
+    lm_eval_tasks: str | None = option(None, "language, with --lm-eval: folder with task files of your own")
+    trust_task_code: bool = option(False, "language, with --lm-eval-tasks: run the Python code that task files name")
+    chat: bool | None = option(None, "language: prompts through the tokenizer's chat template")
+    dtype: str | None = option(None, "language: float32, bfloat16 or float16")
+    output: str | None = option(None, "language, with --backbone: folder for the result")
+    overwrite: bool = option(False, "language: replace the result in --output")
+
+
+_OF_IMAGES = ("rate", "skip_broken")
+_OF_BOTH = ("run", "split", "batch_size", "device")
+_OF_BACKBONES = ("task", "root", "data", "output", "overwrite")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +61,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         EvaluateOptions,
         argv,
         prog="pyra evaluate",
-        description="Score a saved run as it is deployed (adapter folded, tokens merged) and time it.",
-        example="pyra evaluate runs/a\n  pyra evaluate runs/elastic --rate 0.5",
+        description=(
+            "Score a saved run as it is deployed (adapter folded, tokens merged) and time it; or a language model "
+            "without a run."
+        ),
+        example=(
+            "pyra evaluate runs/a\n  pyra evaluate runs/elastic --rate 0.5\n"
+            "  pyra evaluate --backbone models/smollm2 --task gsm8k --root data/ --limit 50\n"
+            "  pyra evaluate runs/g --lm-eval mine --lm-eval-tasks tasks/ --num-fewshot 2"
+        ),
         positional="run",
     )
+    if options.run and options.backbone is not None:
+        raise ConfigError("give RUN or --backbone, not both")
+    if options.lm_eval is None:
+        _refuse(options, ("lm_eval_tasks", "trust_task_code"), "goes with --lm-eval")
+    if options.backbone is not None:
+        return _backbone(options) if options.lm_eval is None else _harness(options)
     if not options.run:
         raise ConfigError("RUN is missing: give the folder of a run (see 'pyra evaluate --help')")
+    _refuse(options, _OF_BACKBONES, "goes with --backbone: a run knows its own")
+    if options.lm_eval is not None:
+        return _harness(options)
+    from pyra.tasks.language.runs import is_language_run
+
+    return _language_run(options) if is_language_run(options.run) else _image_run(options)
+
+
+def _image_run(options: EvaluateOptions) -> int:
+    known = (*_OF_IMAGES, *_OF_BOTH)
+    _refuse(options, [f.name for f in fields(options) if f.name not in known], f"is for language: {options.run} is not")
     from pyra.tasks.evaluation import evaluate_run, evaluation_file
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
@@ -55,3 +109,97 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{result.skipped_images} unreadable images were left out")
     print(f"written to {Path(options.run) / evaluation_file(options.split, options.rate)}")
     return 0
+
+
+def _language_run(options: EvaluateOptions) -> int:
+    from pyra.tasks.language.evaluation import Evaluation, evaluate_language_run
+    from pyra.tasks.quiet import quiet_libraries
+    from pyra.tasks.reports import results_table
+
+    _refuse_of_images(options)
+    quiet_libraries()
+    result, file, notes = evaluate_language_run(options.run, Evaluation(**_asked(options)))
+    print(results_table([result]))
+    for note in notes:
+        print(note)
+    print(f"written to {file}")
+    return 0
+
+
+def _backbone(options: EvaluateOptions) -> int:
+    from pyra.tasks.language.evaluation import Evaluation, evaluate_backbone
+    from pyra.tasks.quiet import quiet_libraries
+    from pyra.tasks.reports import results_table
+
+    _refuse_of_images(options)
+    if options.task is None:
+        raise ConfigError("--backbone needs --task: a language task (pyra tasks ls)")
+    if options.root is not None and options.data is not None:
+        raise ConfigError("give --root or --data, not both")
+    quiet_libraries()
+    result, notes = evaluate_backbone(
+        str(options.backbone),
+        options.task,
+        Evaluation(**_asked(options)),
+        root=options.root,
+        data=options.data,
+        output=options.output,
+        overwrite=options.overwrite,
+    )
+    print(results_table([result]))
+    for note in notes:
+        print(note)
+    if options.output is not None:
+        print(f"written to {options.output}")
+    return 0
+
+
+def _harness(options: EvaluateOptions) -> int:
+    """Ask lm-evaluation-harness about a run or a backbone."""
+    _refuse_of_images(options)
+    _refuse(
+        options, ("task", "root", "data", "answer", "max_new_tokens", "split"), "is not for --lm-eval: its tasks say it"
+    )
+    from pyra.tasks.language.evaluation import Evaluation
+    from pyra.tasks.language.harness import OWN, Harness, harness_on_backbone, harness_on_run
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()
+    asked = Harness(
+        tasks=options.lm_eval or [],
+        folder=options.lm_eval_tasks,
+        trust=options.trust_task_code,
+        num_fewshot=options.num_fewshot,
+        how=Evaluation(**{**_asked(options), "num_fewshot": 0}),
+    )
+    if options.backbone is None:
+        where: str | None = options.run
+        outcome = harness_on_run(options.run, asked)
+    else:
+        where = options.output
+        outcome = harness_on_backbone(options.backbone, asked, output=where, overwrite=options.overwrite)
+    print(outcome.table())
+    if where is not None:
+        print(f"written to {Path(where) / OWN}; in tables: pyra results {where} --evaluations")
+    return 0
+
+
+def _asked(options: EvaluateOptions) -> dict[str, Any]:
+    names = ("split", "answer", "batch_size", "limit", "max_length", "max_new_tokens", "chat", "device", "dtype")
+    return {**{name: getattr(options, name) for name in names}, "num_fewshot": options.num_fewshot or 0}
+
+
+def _refuse_of_images(options: EvaluateOptions) -> None:
+    if options.rate is not None:
+        from pyra.tasks.language.options import NO_MERGING
+
+        raise ConfigError(NO_MERGING)
+    _refuse(options, _OF_IMAGES, "is for runs on images")
+
+
+def _refuse(options: EvaluateOptions, names: Sequence[str], why: str) -> None:
+    """Raise :class:`ConfigError` where one of these options was given."""
+    defaults = EvaluateOptions()
+    given = [name for name in names if getattr(options, name) != getattr(defaults, name)]
+    if given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} {why}")

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyra.scripts.cli import parse
+from pyra.errors import ConfigError
+from pyra.scripts.cli import parse, peek
 
 if TYPE_CHECKING:
+    from pyra.tasks.language.options import LanguageOptions
     from pyra.tasks.protocols.options import ExperimentOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train, print the result as a table."""
-    from pyra.tasks.options import METHODS
-    from pyra.tasks.presets import FOLDER
-    from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
+    """Parse, train, print the result as a table; a language task has options of its own."""
+    from pyra.tasks.language.cards import is_text_task
 
-    listed = "\n".join(f"  {name:<17}{text}" for name, text in METHODS.items())
-    protocols = "\n".join(f"  {name:<17}{text}" for name, text in PROTOCOLS.items())
-    presets = "\n".join(f"  {file.stem}" for file in sorted(FOLDER.glob("*.yaml")))
-    options = parse(
-        ExperimentOptions,
-        argv,
-        prog="pyra train",
-        description=(
-            "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
-            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed}\n\n"
-            f"protocols:\n{protocols}\n\n"
-            f"presets, the published recipe by name (--config NAME):\n{presets}"
-        ),
-        example=(
-            "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
-            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3\n"
-            "  pyra train --config paper-high --task cifar100 --root vtab-1k --protocol published --seeds 3"
-        ),
-        presets=FOLDER,
-    )
+    about_texts = is_text_task(peek(argv, "task"))
+    options = _language_options(argv) if about_texts else _options(argv)
     from pyra.tasks.fitting import processes
+    from pyra.tasks.language.options import LanguageOptions
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
@@ -50,9 +33,76 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     try:
+        if isinstance(options, LanguageOptions):
+            return _language(options)
         return _single(options) if options.is_single() else _several(options)
     finally:
         processes.leave()
+
+
+def _options(argv: Sequence[str] | None) -> ExperimentOptions:
+    from pyra.tasks.cards import load_card
+
+    try:
+        return _parsed(argv)
+    except ConfigError:
+        task = peek(argv, "task")
+        if task is not None:
+            load_card(task)  # of an unknown one the rest may be said in the words of another kind of task
+        raise
+
+
+def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
+    from pyra.tasks.options import METHODS
+    from pyra.tasks.presets import FOLDER
+    from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
+
+    presets = [file.stem for file in sorted(FOLDER.glob("*.yaml"))]
+    return parse(
+        ExperimentOptions,
+        argv,
+        prog="pyra train",
+        description=(
+            "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
+            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{_listed(METHODS)}\n\n"
+            f"protocols:\n{_listed(PROTOCOLS)}\n\n"
+            f"presets, the published recipe by name (--config NAME):\n{_listed(dict.fromkeys(presets, ''))}\n\n"
+            "Language tasks have options of their own: pyra train --task sst2 --help"
+        ),
+        example=(
+            "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3\n"
+            "  pyra train --config paper-high --task cifar100 --root vtab-1k --protocol published --seeds 3"
+        ),
+        presets=FOLDER,
+    )
+
+
+def _language_options(argv: Sequence[str] | None) -> LanguageOptions:
+    from pyra.tasks.language.options import METHODS, LanguageOptions
+
+    for name in ("protocol", "seeds", "tune", "patience"):
+        if peek(argv, name) is not None:
+            raise ConfigError(
+                f"--{name} is not for language tasks yet: give each --seed an --output, pyra results puts them together"
+            )
+    return parse(
+        LanguageOptions,
+        argv,
+        prog="pyra train",
+        description=(
+            "Adapt a language model to a task, save the run, and score it on the test split: texts classified by a new "
+            f"head, or answered by prompt.\n\nmethods:\n{_listed(METHODS)}"
+        ),
+        example=(
+            "pyra train --task sst2 --root data/ --backbone bert-base-uncased --output runs/s\n"
+            "  pyra train --task gsm8k --root data/ --backbone models/smollm2 --method dora --output runs/g"
+        ),
+    )
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 def _single(options: ExperimentOptions) -> int:
@@ -90,6 +140,21 @@ def _several(options: ExperimentOptions) -> int:
     if options.protocol is not None:
         print(f"chosen: {results[0].chosen} ({results[0].selection}); tried: {folder / 'selection.json'}")
     print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")
+    return 0
+
+
+def _language(options: LanguageOptions) -> int:
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.language.training import train_language
+    from pyra.tasks.reports import results_table
+
+    result, notes = train_language(options)
+    if not processes.is_main():
+        return 0
+    print(results_table([result]))
+    for note in notes:
+        print(note)
+    print(f"saved to {options.output}; next: pyra evaluate {options.output}")
     return 0
 
 

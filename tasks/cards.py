@@ -21,6 +21,7 @@ KINDS = {
     "parquet": "parquet files beside the card",
     "lists": "a folder below --root with images and lists of them, or parquet files of the same names",
     "sprites": "drawn when it is loaded",
+    "text": "text files below --root, or the hub",
 }
 
 
@@ -122,6 +123,10 @@ def suite_cards(name: str) -> list[TaskCard]:
 def read_card(path: Path) -> TaskCard:
     """Read a card; raises :class:`DataError` with all its problems."""
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.get("kind") == "text":
+        from pyra.tasks.language.cards import text_card  # which builds on this module
+
+        return text_card(values, path)
     problems = record_problems(TaskCard, values)
     if not problems:
         card = TaskCard(**values)

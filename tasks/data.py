@@ -81,6 +81,8 @@ def load_task(
     if data is not None:
         return _own(data, columns)
     card, home = load_card(str(task))
+    if card.kind == "text":
+        raise DataError(f"task {card.name} is about texts, not images: see pyra train --task {card.name} --help")
     source = load_splits(card, home, root or os.environ.get("PYRA_DATA"))
     labels = _labels(source.splits)
     if len(labels) != card.classes:

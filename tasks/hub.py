@@ -69,14 +69,14 @@ def read_hub(source: HubId, columns: Columns = FOUND) -> tuple[Splits, str]:
         DataError: where its columns or its splits are not those of a classification task.
     """
     parts: dict[str, list[Rows]] = defaultdict(list)
-    fetched = _fetched(source)
-    for name, rows in fetched.items():
+    found = fetched(source)
+    for name, rows in found.items():
         if split := split_of(name):
             table = rows.with_format("arrow")[:]
             parts[split].append(read_table(table, rows.features, f"{source} {name}", columns, _caches()))
     where = f"{source} of the Hugging Face hub"
     if not parts:
-        raise DataError(f"{where} has no split called train or test, only {', '.join(fetched)}")
+        raise DataError(f"{where} has no split called train or test, only {', '.join(found)}")
     if list(parts) == ["train"]:
         return divide(parts["train"], where)
     return finish(parts, where)
@@ -89,7 +89,13 @@ def fetch(source: HubId) -> Mapping[str, datasets.Dataset]:
     return found
 
 
-def _fetched(source: HubId) -> Mapping[str, datasets.Dataset]:
+def fetched(source: HubId) -> Mapping[str, datasets.Dataset]:
+    """Return every split of a data set, by the hub's name for it.
+
+    Raises:
+        HubError: where it cannot be fetched.
+        DataError: where one of several configurations has to be named.
+    """
     try:
         with _progress():
             return fetch(source)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,11 @@ from torch import nn
 from pyra.tasks.cards import load_card
 from pyra.tasks.data import ImageDataset, Task, split_digest
 from pyra.tasks.options import RunOptions
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from pyra.config import PyraConfig
 
 _OWN_FIELDS = frozenset({"backbone", "image_size", "task", "method", "seed", "epochs"})
 _NO_SETTINGS = frozenset(
@@ -96,12 +101,22 @@ def data_source(options: RunOptions) -> str:
     return path.resolve().name if path.exists() else given
 
 
-def settings(options: RunOptions) -> dict[str, Any]:
+def settings(options: DataclassInstance) -> dict[str, Any]:
     """Return the options that decide a training and have no column of their own; no seed, no place, no device."""
     return {name: value for name, value in asdict(options).items() if name not in _OWN_FIELDS | _NO_SETTINGS}
 
 
-def adapter_settings(options: RunOptions) -> dict[str, Any] | None:
+class Adapting(Protocol):
+    """Options that say what is attached to a backbone."""
+
+    def peft_config(self) -> Any:
+        """Return the PEFT method, or None."""
+
+    def pyra_config(self) -> PyraConfig | None:
+        """Return what to merge, or None."""
+
+
+def adapter_settings(options: Adapting) -> dict[str, Any] | None:
     """Return what is attached to the backbone as plain JSON values; None where all weights are trained.
 
     ``peft`` holds the kind and what differs from its defaults, ``pyra`` the whole configuration of the merging.

@@ -12,6 +12,7 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for name in ("timm", "torch.distributed", "torch.onnx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

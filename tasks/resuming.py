@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,66 @@ _FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_ste
 """Options that may differ between the parts of a run."""
 
 
+@dataclass(frozen=True)
+class Begin:
+    """What an output is begun with: with the same, an interrupted one goes on.
+
+    Attributes:
+        output: its folder.
+        options: all of them, as they are stored.
+        name: of the task.
+        data: record of the task's data, as it is stored; None where nothing is gone on with.
+        resume: go on with an interrupted one.
+        overwrite: replace a finished one.
+    """
+
+    output: str
+    options: dict[str, Any]
+    name: str = ""
+    data: dict[str, Any] | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @classmethod
+    def of(cls, options: RunOptions, task: Task | None = None) -> Begin:
+        """Return that of a run on images."""
+        data = None if task is None else data_record(task)
+        name = "" if task is None else task.name
+        return cls(options.output, stored_options(options), name, data, options.resume, options.overwrite)
+
+
 def finished(options: RunOptions) -> RunResult | None:
     """Return the result of a run with these options that is complete, or None."""
-    return read_result(options.output) if is_finished(options, "run", RESULT_FILE) else None
+    return finished_as(Begin.of(options))
+
+
+def finished_as(begin: Begin) -> RunResult | None:
+    """Return the result of a run that was begun so and is complete, or None."""
+    return read_result(begin.output) if _is_finished(begin, "run", RESULT_FILE) else None
 
 
 def is_finished(options: RunOptions, kind: Kind, file: str) -> bool:
     """Whether the output folder holds the last file of a complete run with these options."""
-    folder = Path(options.output).expanduser()
+    return _is_finished(Begin.of(options), kind, file)
+
+
+def _is_finished(begin: Begin, kind: Kind, file: str) -> bool:
+    folder = Path(begin.output).expanduser()
     if folder.is_dir():
         put_right(folder, kind)
-    return (folder / file).is_file() and _differing(folder, options) == []
+    return (folder / file).is_file() and _differing(folder, begin.options) == []
 
 
 @contextmanager
 def shared_output(options: RunOptions, task: Task, kind: Kind = "run") -> Iterator[Path]:
-    """The folder of a run while it is written: the main process opens and ends it, every process knows it.
+    """The folder of a run on images while it is written; see :func:`shared_folder`."""
+    with shared_folder(Begin.of(options, task), kind) as folder:
+        yield folder
+
+
+@contextmanager
+def shared_folder(begin: Begin, kind: Kind = "run") -> Iterator[Path]:
+    """The folder of an output while it is written: the main process opens and ends it, every process knows it.
 
     Raises:
         OutputError: as of :func:`pyra.tasks.output.staged_output`.
@@ -44,8 +89,8 @@ def shared_output(options: RunOptions, task: Task, kind: Kind = "run") -> Iterat
     with ExitStack() as stack:
 
         def enter() -> Path:
-            resumed = interrupted(options, task, kind) if options.resume else None
-            return stack.enter_context(staged_output(options.output, kind, options.overwrite, resumed))
+            resumed = interrupted(begin, kind) if begin.resume else None
+            return stack.enter_context(staged_output(begin.output, kind, begin.overwrite, resumed))
 
         folder = processes.on_main(enter)
         yield folder
@@ -53,19 +98,19 @@ def shared_output(options: RunOptions, task: Task, kind: Kind = "run") -> Iterat
         processes.on_main(stack.close)
 
 
-def interrupted(options: RunOptions, task: Task, kind: Kind = "run") -> Path | None:
+def interrupted(begin: Begin, kind: Kind = "run") -> Path | None:
     """Return the newest interrupted run of the output folder to go on with, or None where there is none.
 
     Raises:
         OutputError: where the ones that are there have other options.
         DataError: where the task's data is not what the run began with.
     """
-    found = unfinished(options.output, kind)
-    differing = {entry: _differing(entry, options) for entry in found}
+    found = unfinished(begin.output, kind)
+    differing = {entry: _differing(entry, begin.options) for entry in found}
     fitting = [entry for entry, names in differing.items() if names == []]
     if fitting:
-        if _read(fitting[0] / DATA) != data_record(task):
-            raise DataError(f"{fitting[0]} was begun on other data of {task.name}: start again, without --resume")
+        if _read(fitting[0] / DATA) != begin.data:
+            raise DataError(f"{fitting[0]} was begun on other data of {begin.name}: start again, without --resume")
         return fitting[0]
     readable = {entry: names for entry, names in differing.items() if names is not None}
     if readable:
@@ -77,12 +122,11 @@ def interrupted(options: RunOptions, task: Task, kind: Kind = "run") -> Path | N
     return None
 
 
-def _differing(folder: Path, options: RunOptions) -> list[str] | None:
+def _differing(folder: Path, own: dict[str, Any]) -> list[str] | None:
     """Name the options in which a folder differs, or None where it says nothing."""
     stored = _read(folder / OPTIONS)
     if not isinstance(stored, dict):
         return None
-    own = stored_options(options)
     return sorted(name for name in {*stored, *own} - _FREE if stored.get(name) != _plain(own.get(name)))
 
 

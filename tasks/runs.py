@@ -195,6 +195,8 @@ def _check_same_weights(folder: Path, options: RunOptions) -> None:
 
 def _read_options(folder: Path) -> RunOptions:
     values = _read_json(folder, OPTIONS)
+    if isinstance(values, dict) and values.get("kind") == "language":
+        raise DataError(f"{folder} is a run on a language task: pyra evaluate takes it, what is about images does not")
     problems = record_problems(RunOptions, values)
     if problems:
         raise DataError(f"{folder / OPTIONS} holds no options of a run: {'; '.join(problems)}")

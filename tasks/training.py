@@ -21,6 +21,7 @@ from pyra.tasks.data import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure
 from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.fit import Watch, check_trackers, fit, forget_checkpoints
+from pyra.tasks.fitting.loop import LoopOptions
 from pyra.tasks.options import RunOptions
 from pyra.tasks.probing import FeatureStore, probe_of
 from pyra.tasks.provenance import provenance
@@ -84,7 +85,7 @@ def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
         return run(options, task, model, train_data, test_data, folder, device, plan)
 
 
-def ready(options: RunOptions) -> torch.device:
+def ready(options: LoopOptions) -> torch.device:
     """Check what a training needs around it, meet the other processes, seed, and return the device.
 
     Raises:

@@ -13,6 +13,8 @@ import datasets
 from pyra.errors import DataError
 from pyra.tasks.cards import load_card
 from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.language.cards import is_text_task
+from pyra.tasks.language.validation import check_text_task
 
 _SHOWN = 5
 
@@ -38,6 +40,8 @@ def validate(name: str, root: str | None = None, decode: bool = True) -> Checked
     Raises:
         DataError: for an unknown task; what is wrong with its data is returned.
     """
+    if is_text_task(name):
+        return Checked(name, *check_text_task(name, root))
     card, _ = load_card(name)
     try:
         task = load_task(name, root=root)

@@ -36,6 +36,7 @@ ALLOWED = {
     "datasets": ("tasks/*",),
     "evaluate": ("tasks/*",),
     "accelerate": ("tasks/*",),
+    "lm_eval": ("tasks/language/harness.py",),
     "matplotlib": ("tasks/reports/*",),
     "plotly": ("tasks/reports/*",),
     "onnx": ("pyra/export/*",),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyra.checkpoints import read_state_dict, value_problems
 from pyra.errors import CheckpointError, ConfigError, did_you_mean
+from pyra.files import read_json
 
 
 def create_backbone(
@@ -47,6 +48,7 @@ def create_backbone(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: no config.json there; a backbone folder is one that timm has saved")
+        _refuse_other_kinds(folder)
         name = f"local-dir:{folder.resolve()}"
     elif name.split(".")[0] not in timm.list_models():
         close = did_you_mean(name.split(".")[0], timm.list_models())
@@ -73,6 +75,20 @@ def create_backbone(
         ) from None
     _check_image_size(model, image_size)
     return model
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Say what a folder of transformers holds: timm would fail without a word about it."""
+    try:
+        values = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return  # timm tells what is wrong with it
+    if isinstance(values, dict) and "model_type" in values and "architecture" not in values:
+        what = "a language model" if "vocab_size" in values else f"a model of transformers ({values['model_type']})"
+        raise ConfigError(
+            f"{folder} is {what}: a task of images takes a timm name, or a folder that timm has saved; "
+            "`pyra tasks ls` lists the language tasks"
+        )
 
 
 def weights_file(folder: Path) -> Path:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,23 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.elastic import RateSampler
 from pyra.adapters.recipe import parameter_groups
 from pyra.backbones import set_rate
-from pyra.errors import ConfigError, TrainingError
-from pyra.tasks.fitting import checkpoints, processes
+from pyra.errors import ConfigError
+from pyra.tasks.fitting import checkpoints
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
 from pyra.tasks.fitting.averaging import MovingAverage
 from pyra.tasks.fitting.clock import Clock
+from pyra.tasks.fitting.loop import (
+    losses_of,
+    refuse_broken,
+    run_through,
+    steps_of,
+    tracking,
+    training_arguments,
+    where_to_go_on,
+)
 from pyra.tasks.fitting.trainer import (
     EpochScores,
     ImageTrainer,
     MovingRanks,
-    ProgressBar,
-    Sealing,
     StepStart,
     StopAfter,
     evaluating,
@@ -110,9 +113,7 @@ def fit(
         TrainingError: where the loss or a trained weight is NaN or infinite.
     """
     clock = Clock()
-    saved = folder / checkpoints.FOLDER
-    processes.on_main(lambda: checkpoints.drop_incomplete(saved))
-    resumed = checkpoints.newest(saved)
+    saved, resumed = where_to_go_on(folder)
     trained, examples, watched = _what_is_trained(model, data, options, device, watch, store)
     if options.gradient_checkpointing and trained is model:
         _checkpoint_gradients(model)
@@ -130,10 +131,7 @@ def fit(
 
     with tracking(options, folder):
         trainer = ImageTrainer(optimizer, model=trained, args=arguments, train_dataset=examples)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / options.accumulate)
-    steps = math.ceil(options.epochs * steps_an_epoch)
+    steps_an_epoch, steps = steps_of(trainer, options)
     trainer.kept["clock"] = clock
     average = _accompany(trainer, trained, options, steps, len(data.class_names))
     if watch is not None and watched is not None:
@@ -150,72 +148,24 @@ def fit(
         trainer.add_callback(scores)
     if stop_after is not None:
         trainer.add_callback(StopAfter(min(steps, max(1, round(stop_after * steps_an_epoch)))))
-    trainer.add_callback(ProgressBar(f"{options.label}: training"))
-    trainer.add_callback(Sealing(steps_an_epoch))  # last: the others have logged what belongs into the checkpoint
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    run_through(trainer, options, steps_an_epoch, resumed)
     if average is not None:
         average.settle()
     if watch is not None and watch.keep_best and scores.best:
         checkpoints.put_back(trained, scores.best)
     if options.elastic:
         set_rate(model, options.rates()[-1])
-    broken = [name for name, tensor in checkpoints.trained_tensors(model).items() if not tensor.isfinite().all()]
-    if broken:
-        raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
+    refuse_broken(model)
     return Fitted(
         clock.seconds(),
-        [
-            {key: entry[key] for key in _LOGGED if key in entry}
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ],
+        losses_of(trainer.state),
         scores_of(trainer.state),
     )
-
-
-_LOGGED = ("step", "epoch", "loss", "learning_rate")
 
 
 def forget_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a training that is finished."""
     shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
-
-
-def training_arguments(options: RunOptions, folder: Path, device: torch.device, examples: int) -> TrainingArguments:
-    """Return what ``transformers.Trainer`` is told.
-
-    Args:
-        options: of the run.
-        folder: for checkpoints.
-        device: to train on.
-        examples: number of training examples.
-    """
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=processes.batch_of_each(options.batch_size, options.accumulate),
-        gradient_accumulation_steps=options.accumulate,
-        dataloader_drop_last=examples >= options.batch_size,
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.01, "warmup_lr_rate": 0.001},
-        warmup_steps=0.1,
-        logging_steps=10,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=2,  # the one being written, and the one before it
-        report_to=list(options.track) or "none",
-        run_name=options.output,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        use_cpu=device.type == "cpu",
-        bf16=options.dtype == "bfloat16",
-        fp16=options.dtype == "float16",
-        seed=options.seed,
-        dataloader_pin_memory=device.type != "cpu",
-        ddp_find_unused_parameters=True,  # a layer that removes nothing at a rate leaves its re-activation unused
-    )
 
 
 def _what_is_trained(
@@ -305,18 +255,3 @@ def check_trackers(names: tuple[str, ...]) -> None:
     missing = [name for name in names if importlib.util.find_spec(_TRACKERS[name]) is None]
     if missing:
         raise ConfigError(f"--track {','.join(missing)}: not installed; pip install {' '.join(missing)}")
-
-
-@contextmanager
-def tracking(options: RunOptions, folder: Path) -> Iterator[None]:
-    """Let a trainer that is made here write for TensorBoard into ``logs`` of the folder, unless told otherwise."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    if "tensorboard" not in options.track or name in os.environ:
-        yield
-        return
-    os.environ[name] = str(folder / "logs")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(KeyError):
-            del os.environ[name]

@@ -31,11 +31,42 @@ class Kept(Protocol):
         """Take it up again."""
 
 
-class ImageTrainer(Trainer):
-    """Modifications against ``Trainer``.
+class KeepingTrainer(Trainer):
+    """Modifications: checkpoints hold what is trained, and whatever is ``kept`` beside it, not the whole model.
 
-    The loss is that of a model that maps images to logits, at the rates of the step, of mixed images where that is
-    asked for. Checkpoints hold what is trained, and whatever is ``kept`` beside it, instead of the whole model.
+    Args:
+        make_optimizer: called when the parameters are where they are trained: sharding replaces them.
+        kwargs: of ``Trainer``.
+    """
+
+    def __init__(self, make_optimizer: Callable[[], torch.optim.Optimizer], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.make_optimizer = make_optimizer
+        self.kept: dict[str, Kept] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimiser."""
+        self.optimizer = self.make_optimizer()
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        inner = self.accelerator.unwrap_model(self.model)
+        parts = {"model": checkpoints.trained_tensors(inner)}  # every process: shards are gathered
+        parts |= {name: part.tensors() for name, part in self.kept.items()}
+        if self.args.should_save:
+            checkpoints.write_tensors(Path(output_dir or str(self.args.output_dir)), parts)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        parts = checkpoints.read_tensors(Path(resume_from_checkpoint))
+        checkpoints.put_back(self.accelerator.unwrap_model(self.model if model is None else model), parts["model"])
+        for name, part in self.kept.items():
+            part.restore(parts.get(name, {}))
+
+
+class ImageTrainer(KeepingTrainer):
+    """Modifications: the loss is that of a model that maps images to logits.
+
+    It is taken at the rates of the step, and of mixed images where that is asked for.
     """
 
     sampler: RateSampler | None = None
@@ -45,16 +76,6 @@ class ImageTrainer(Trainer):
     smoothing: float = 0.0
     micro_batch: int = 0
     part: StepPart | None = None
-
-    def __init__(self, make_optimizer: Callable[[], torch.optim.Optimizer], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.make_optimizer = make_optimizer
-        self.kept: dict[str, Kept] = {}
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser when the parameters are where they are trained: sharding replaces them."""
-        self.optimizer = self.make_optimizer()
-        return self.optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -97,19 +118,6 @@ class ImageTrainer(Trainer):
         if self.part is not None:
             loss = self.part.weight * loss
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        inner = self.accelerator.unwrap_model(self.model)
-        parts = {"model": checkpoints.trained_tensors(inner)}  # every process: shards are gathered
-        parts |= {name: part.tensors() for name, part in self.kept.items()}
-        if self.args.should_save:
-            checkpoints.write_tensors(Path(output_dir or str(self.args.output_dir)), parts)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        parts = checkpoints.read_tensors(Path(resume_from_checkpoint))
-        checkpoints.put_back(self.accelerator.unwrap_model(self.model if model is None else model), parts["model"])
-        for name, part in self.kept.items():
-            part.restore(parts.get(name, {}))
 
 
 class Sealing(TrainerCallback):

@@ -10,7 +10,10 @@ from pyra.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     import evaluate
 
-METRICS = {"accuracy": "pyra.tasks.metrics.accuracy:Accuracy"}
+METRICS = {
+    "accuracy": "pyra.tasks.metrics.accuracy:Accuracy",
+    "exact_match": "pyra.tasks.metrics.exact_match:ExactMatch",
+}
 """Every metric by name: the module and class that compute it."""
 
 

@@ -34,6 +34,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
             if len(values) > 1:
                 listed = "; ".join(f"{str(value)[:12]}: {_listed(methods)}" for value, methods in values.items())
                 where = task if split == "test" else f"{task} ({split})"
+                what = what.replace("images", same[0].row.unit)
                 found.append(f"warning: rows of {where} cannot be compared, they differ in {what} ({name}: {listed})")
     old = sum(len(one.members) for one in runs if one.row.test_sha256 is None or one.row.settings is None)
     if old:
@@ -45,8 +46,8 @@ def warnings(groups: Sequence[Group]) -> list[str]:
 
 
 def missing_probes(groups: Sequence[Group]) -> list[str]:
-    """Say how to make the linear probes that a table of results lacks."""
-    runs = [one for one in groups if not one.baseline]
+    """Say how to make the linear probes that a table of results lacks; other metrics are of tasks that take no head."""
+    runs = [one for one in groups if not one.baseline and one.row.metric == "accuracy"]
     probed = {(one.row.task, one.row.backbone) for one in runs if one.row.method == "linear"}
     wanted = {(one.row.task, one.row.backbone): one for one in runs}
     lines = [

@@ -59,7 +59,9 @@ def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) 
     columns["trained parameters"] = [f"{row.trained_parameters:,}" for row in rows]
     unit, size = macs_unit(rows)
     columns[f"MACs ({unit})"] = [_number(row.macs / size) for row in rows]
-    columns["images/s"] = [_number(row.images_per_second) for row in rows]
+    units = {row.unit for row in rows}
+    speeds = [_number(row.images_per_second) for row in rows]
+    columns[f"{units.pop()}/s" if len(units) == 1 else "speed"] = speeds
     speedups = [_speedup(row, baseline) for row in rows]
     columns["speed-up"] = ["-" if speedup is None else f"{speedup:.2f}x" for speedup in speedups]
     return columns

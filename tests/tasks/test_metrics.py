@@ -30,12 +30,20 @@ def test_accuracy_of_nothing_is_an_error():
         load_metric("accuracy").compute(predictions=[], references=[])
 
 
+def test_exact_match_compares_texts_as_they_are():
+    result = load_metric("exact_match").compute(predictions=["7", "", "7.0", "a"], references=["7", "7", "7", "a"])
+    assert result == {"exact_match": 0.5}
+    with pytest.raises(DataError, match="no answers"):
+        load_metric("exact_match").compute(predictions=[], references=[])
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_describes_itself_and_writes_no_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metric = load_metric(name)
     metric = type(metric)(cache_dir=str(tmp_path))
-    metric.compute(predictions=[0], references=[0])
+    one = {"accuracy": [0]}.get(name, ["0"])
+    metric.compute(predictions=one, references=one)
     assert metric.name == name
     assert metric.description and metric.citation and set(metric.features) == {"predictions", "references"}
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,188 @@
+"""A model asked all examples of a split, and what its answers are worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyra.errors import ConfigError
+from pyra.tasks.fitting import processes
+from pyra.tasks.language.answers import RULES
+from pyra.tasks.language.data import Example, TextTask, examples_digest
+from pyra.tasks.language.models import count_macs, precision
+from pyra.tasks.language.runs import Subject
+from pyra.tasks.language.scoring import classify, generate, log_likelihoods
+from pyra.tasks.language.tokens import Answered
+from pyra.tasks.metrics import load_metric
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model answered, and how well.
+
+    Attributes:
+        value: of the task's metric.
+        references: right labels (numbers), or right answers.
+        predictions: its own; -1 or an empty text where an answer held none.
+        texts: what was generated, where it was.
+        cut: examples that were longer than what is read.
+        seconds: for all of them.
+        macs: multiply-accumulates of a forward over as many tokens as an example has on average.
+    """
+
+    value: float
+    references: list[int] | list[str]
+    predictions: list[int] | list[str]
+    texts: list[str] | None
+    cut: int
+    seconds: float
+    macs: int
+
+    def record(self, split: str, examples: Sequence[Example]) -> dict[str, Any]:
+        """Return what ``predictions.json`` holds."""
+        texts = {} if self.texts is None else {"texts": self.texts}
+        return {
+            "split": split,
+            "sha256": examples_digest(examples),
+            "labels": self.references,
+            "predictions": self.predictions,
+            "cut": self.cut,
+            **texts,
+        }
+
+    def notes(self) -> list[str]:
+        """Say what was not as it should be."""
+        return [f"{self.cut} examples are longer than what is read, and were cut"] if self.cut else []
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How examples are put to a model.
+
+    Attributes:
+        batch_size: examples a forward.
+        dtype: autocast precision.
+        max_new_tokens: generated at most.
+        shown: answered examples before each prompt.
+        label: of progress bars.
+    """
+
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    max_new_tokens: int = 256
+    shown: str = ""
+    label: str = "scoring"
+
+
+def answer(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> Scored:
+    """Put examples to a model, and score what it answers.
+
+    In a distributed run every process asks for its share and gets the answers of all, each example's once.
+
+    Raises:
+        ConfigError: where nothing is left of the prompts beside what is to be generated.
+        TrainingError: where logits are NaN or infinite.
+    """
+    start = time.perf_counter()
+    asked = {"head": _by_head, "scoring": _by_likelihood, "generation": _by_generation}[subject.answer]
+    positions = processes.share(len(examples))
+    with precision(subject.model, how.dtype):
+        own = asked(subject, task, [examples[position] for position in positions], how)
+    shares = processes.gathered(dict(zip(positions, own, strict=True)))
+    answers = {position: one for share in shares for position, one in share.items()}
+    found = [answers[position] for position in range(len(examples))]
+    seconds = time.perf_counter() - start
+    given = [one.given for one in found]
+    texts = [one.text for one in found if one.text is not None]
+    tokens = round(sum(one.length for one in found) / len(found))
+    labels = bool(task.labels)
+    right: Any = [example.label if labels else example.reference for example in examples]
+    metric = task.card.metric
+    value = float(load_metric(metric).compute(predictions=given, references=right)[metric])
+    cut = sum(one.cut for one in found)
+    return Scored(value, right, given, texts or None, cut, seconds, count_macs(subject.model, tokens))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was answered, what was generated where it was, the tokens that were read, and whether some were not."""
+
+    given: Any
+    text: str | None
+    length: int
+    cut: bool
+
+
+def _by_head(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
+    rows = [subject.encoder.texts(example.texts, subject.max_length) for example in examples]
+    lengths = [len(row["input_ids"]) for row in rows]
+    cut = [  # only what fills the length may have been longer
+        length == subject.max_length and len(subject.encoder.texts(example.texts, 2**30)["input_ids"]) > length
+        for example, length in zip(examples, lengths, strict=True)
+    ]
+    pad_id = subject.encoder.pad_id
+    found = classify(subject.model, rows, pad_id=pad_id, batch_size=how.batch_size, description=how.label)
+    return [_Answer(*one) for one in zip(found, [None] * len(found), lengths, cut, strict=True)]
+
+
+def _by_likelihood(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
+    words = task.card.words
+    whole = [row for e in examples for row in subject.encoder.answered(how.shown + e.prompt, words)]
+    rows = [_shortened(row, subject.max_length) for row in whole]
+    pad_id = subject.encoder.pad_id
+    found = log_likelihoods(subject.model, rows, pad_id=pad_id, batch_size=how.batch_size, description=how.label)
+    grouped = torch.tensor(found, dtype=torch.float64).view(-1, len(words))
+    made = []
+    for place, label in enumerate(grouped.argmax(-1).tolist()):
+        asked = slice(place * len(words), (place + 1) * len(words))
+        cut = any(len(row.ids) > subject.max_length for row in whole[asked])
+        made.append(_Answer(label, None, max(len(row.ids) for row in rows[asked]), cut))
+    return made
+
+
+def _shortened(row: Answered, length: int) -> Answered:
+    """Cut a prompt at its beginning, so that its end and the answer are read."""
+    surplus = max(len(row.ids) - length, 0)
+    if surplus >= row.start:
+        raise ConfigError(f"--max-length {length} leaves nothing of a prompt before an answer: raise it")
+    return Answered(row.ids[surplus:], row.start - surplus)
+
+
+def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
+    room = _room(subject, how.max_new_tokens)
+    whole = [subject.encoder.prompt(how.shown + example.prompt) for example in examples]
+    prompts = [ids[-room:] for ids in whole]
+    texts = generate(
+        subject.model,
+        prompts,
+        subject.encoder,
+        stop=task.card.stop,
+        max_new_tokens=how.max_new_tokens,
+        batch_size=how.batch_size,
+        description=how.label,
+    )
+    read = [RULES[task.card.extract](text) or "" for text in texts]
+    found: Any = [_label(text, task.card.words) for text in read] if task.labels else read
+    cut = [len(ids) > room for ids in whole]
+    return [_Answer(*one) for one in zip(found, texts, map(len, prompts), cut, strict=True)]
+
+
+def _room(subject: Subject, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have: what the model reads, less what it is to say."""
+    known = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
+    room = min(subject.max_length, (known or 2**30) - max_new_tokens)
+    if room < 1:
+        raise ConfigError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the backbone reads {known} tokens"
+        )
+    return room
+
+
+def _label(text: str, words: Sequence[str]) -> int:
+    """Return the label whose words an answer is, whatever its case and the stop behind it; -1 for none."""
+    said = text.strip(" .!\"'*").casefold()
+    return next((label for label, word in enumerate(words) if word.casefold() == said), -1)

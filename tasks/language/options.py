@@ -1,0 +1,135 @@
+"""What a run on a language task is: every option with its default, checked together."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pyra.adapters.methods import PEFT_METHODS, peft_config
+from pyra.errors import ConfigError, did_you_mean
+from pyra.records import option, type_problems
+from pyra.tasks.language.cards import ANSWERS
+from pyra.tasks.options import DEVICES, TRACKERS
+
+_IMAGES_ALONE = ("adapter", "bottleneck", "adaptformer", "prompts", "prompts-shallow")
+METHODS = {
+    "linear": "train a new head on the frozen backbone (--answer head)",
+    "full": "train all weights",
+    **{name: text for name, text in PEFT_METHODS.items() if name not in _IMAGES_ALONE},
+}
+NO_MERGING = (
+    "tokens of language models do not merge yet: leave --rate and --schedule out, and take a method such as lora"
+)
+_LEARNING_RATES = {"linear": 1e-3, "full": 2e-5}
+
+
+@dataclass(kw_only=True)
+class LanguageOptions:
+    """One training run on a language task."""
+
+    backbone: str = option("", "folder that transformers has saved, with its tokenizer, or a name on the hub")
+    task: str = option("sst2", "a shipped task by name, or a card file of your own")
+    root: str | None = option(
+        None, "folder with a folder of each task's files (PYRA_DATA by default; the hub without either)"
+    )
+    data: str | None = option(None, "folder with the task's files themselves, instead of --root")
+    method: str = option("lora", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
+    answer: str | None = option(
+        None,
+        "how the task is answered: head, scoring (label words after the prompt) or generation; a head by default where "
+        "the task has labels",
+        choices=tuple(ANSWERS),
+        metavar="HOW",
+    )
+    rate: float | None = option(None, "not yet: tokens of language models do not merge")
+    schedule: list[int] | None = option(None, "not yet: tokens of language models do not merge")  # noqa: RUF009
+    max_length: int | None = option(
+        None, "tokens that are read, prompt and answer together; 512 by default, or what the backbone reads"
+    )
+    max_new_tokens: int = option(256, "tokens that are generated at most, for each answer")
+    chat: bool = option(False, "give prompts through the tokenizer's chat template")
+    rank: int = option(8, "rank of LoRA and its kin")
+    targets: str | None = option(
+        None, "modules that LoRA and its kin adapt, such as q_proj,k_proj,v_proj,o_proj; PEFT's choice by default"
+    )
+    dropout: float = option(0.1, "dropout in the adapter")
+    epochs: float = option(3.0, "passes over the training examples")
+    batch_size: int = option(16, "examples a step, and a scored forward")
+    lr: float | None = option(None, "peak learning rate of AdamW; by default 1e-3 (linear), 2e-5 (full), 3e-4 (others)")
+    weight_decay: float = option(0.01, "decoupled weight decay")
+    accumulate: int = option(1, "parts a step's examples are forwarded in: less memory, the same step")
+    track: tuple[str, ...] = option((), "trackers that must be installed", choices=TRACKERS)
+    save_steps: int = option(500, "steps between checkpoints, besides one at the end of each epoch")
+    seed: int = option(0, "random seed")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("float32", "precision of the forward", choices=("float32", "bfloat16", "float16"))
+    limit: int | None = option(None, "use this many examples of each split only (a fixed draw), to try things out")
+    output: str = option("runs/latest", "folder of the run")
+    overwrite: bool = option(False, "replace the run in --output")
+    resume: bool = option(False, "go on with what was interrupted in --output; a finished run is left as it is")
+
+    def __post_init__(self) -> None:
+        """Check all options together; raises :class:`ConfigError` with every problem."""
+        if isinstance(self.track, list):  # from JSON
+            self.track = tuple(self.track)
+        problems = type_problems(LanguageOptions, {f.name: getattr(self, f.name) for f in fields(self)})
+        if problems:
+            raise ConfigError("; ".join(problems))
+        if self.rate is not None or self.schedule is not None or self.method in ("tome", "pyra"):
+            raise ConfigError(NO_MERGING)
+        if not self.backbone.strip():
+            problems.append("--backbone is missing: give a folder that transformers has saved, or a name on the hub")
+        if self.method in _IMAGES_ALONE:
+            problems.append(f"--method {self.method} is made for images; one of {', '.join(METHODS)}")
+        for checked in fields(self):
+            allowed = checked.metadata.get("choices")
+            value = getattr(self, checked.name)
+            skipped = checked.name == "method" and value in _IMAGES_ALONE
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                if allowed and not skipped and one not in (*allowed, checked.default):
+                    close = did_you_mean(str(one), allowed)
+                    problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {one!r}{close}")
+        if self.root is not None and self.data is not None:
+            problems.append("give --root or --data, not both")
+        for name in (
+            "rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit", "accumulate", "save_steps",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {value}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.weight_decay < 1e9:
+            problems.append(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
+        if re.fullmatch(DEVICES, self.device) is None:
+            problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
+        if not self.output.strip():
+            problems.append("--output is empty; give a folder")
+        if self.method == "linear" and self.answer not in (None, "head"):
+            problems.append(f"--method linear trains a head: --answer {self.answer} has none")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate: the one that was given, or that of the method."""
+        return _LEARNING_RATES.get(self.method, 3e-4) if self.lr is None else self.lr
+
+    @property
+    def label(self) -> str:
+        """What tables call the method."""
+        return self.method
+
+    def pyra_config(self) -> None:
+        """Return None: no tokens merge."""
+        return
+
+    def peft_config(self) -> Any:
+        """Return the PEFT method, or None."""
+        if self.method not in PEFT_METHODS:
+            return None
+        targets = None if self.targets is None else [target.strip() for target in self.targets.split(",")]
+        return peft_config(self.method, self.rank, self.dropout, targets)
