@@ -29,14 +29,37 @@ class ValidateOptions:
     decode: bool = option(True, "decode every image, too")
 
 
+VERBS = {
+    "ls": "list the tasks that --task takes (also without a word)",
+    "validate": "check that the data of a task or a suite is there and is what its card says",
+    "prepare": "write a task or a suite as a local folder, from whatever source is reachable",
+    "cache": "show or remove the decoded images that are kept on disk",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``ls`` (also without a word) or ``validate``."""
+    """Run one of :data:`VERBS`; ``ls`` without a word."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
     verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "ls"
-    verbs = {"ls": _list, "validate": _validate}
-    if verb not in verbs:
-        raise ConfigError(f"pyra tasks has 'ls' and 'validate', not {verb!r}{did_you_mean(verb, verbs)}")
-    return verbs[verb](arguments)
+    if verb not in VERBS:
+        raise ConfigError(f"pyra tasks has no verb {verb!r}{did_you_mean(verb, VERBS)}; it has {', '.join(VERBS)}")
+    if verb in ("prepare", "cache"):
+        from pyra.scripts import task_data
+
+        return task_data.prepare(arguments) if verb == "prepare" else task_data.cache(arguments)
+    return _list(arguments) if verb == "ls" else _validate(arguments)
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
+    return (
+        f"usage: pyra tasks VERB [options]\n\nverbs:\n{verbs}\n\n"
+        "'pyra tasks VERB --help' shows the options of a verb.\n\n"
+        "example:\n  pyra tasks validate vtab-1k --root data/"
+    )
 
 
 def _list(arguments: Sequence[str]) -> int:

@@ -124,7 +124,7 @@ def read_image_list(file: Path, classes: int) -> Rows:
     images, labels, problems = [], [], []
     listed: dict[Path, set[str]] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):

@@ -12,7 +12,10 @@ import datasets
 
 from pyra.errors import DataError
 from pyra.tasks.cards import load_card
-from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.data import Task, load_task
+from pyra.tasks.decoding import decoded, split_digest, summary, unreadable_rows
+from pyra.tasks.manifest import Manifest, check_prepared
+from pyra.tasks.sources import TUNING
 
 _SHOWN = 5
 
@@ -36,33 +39,48 @@ def validate(name: str, root: str | None = None, decode: bool = True) -> Checked
         decode: decode every image.
 
     Raises:
-        DataError: for an unknown task; what is wrong with its data is returned.
+        DataError: for an unknown task; what is wrong with its data is returned, all of it.
     """
     card, _ = load_card(name)
     try:
         task = load_task(name, root=root)
-        images = {split: len(rows) for split, rows in task.splits.items()}
-        wrong = [
-            f"{split} has {images[split]} images, its card says {count}"
-            for split, count in card.splits.items()
-            if split in images and images[split] != count
-        ]
-        small = {split: images[split] for split in ("train800", "val200") if split in images}
-        problems = [text for text in wrong if text.partition(" ")[0] in small]
-        problems += _empty_classes(task.splits, task.labels) + _shared_images(task.splits)
-        if problems:
-            return Checked(name, images, "; ".join(problems))
-        if decode:
-            for split in _parts(images):
-                image_dataset(task, split, image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
+        manifest = check_prepared(card, Path(root).expanduser() / (card.folder or card.name)) if root else None
     except DataError as error:
-        return Checked(name, error=str(error).partition(". Repair or remove")[0])
-    notes = [text for text in wrong if text.partition(" ")[0] not in small]
+        return Checked(name, error=str(error))
+    images = {split: len(rows) for split, rows in task.splits.items()}
+    wrong = [
+        f"{split} has {images[split]} images, its card says {count}"
+        for split, count in card.splits.items()
+        if split in images and images[split] != count
+    ]
+    problems = [text for text in wrong if text.partition(" ")[0] in TUNING]
+    problems += _empty_classes(task.splits, task.labels) + _shared_images(task.splits)
+    if manifest is not None:
+        problems += _changed(task.splits, manifest)
+    for split in _parts(images) if decode else []:
+        problems += _unreadable(task, split)
+    if problems:
+        return Checked(name, images, "; ".join(problems))
+    notes = [text for text in wrong if text.partition(" ")[0] not in TUNING]
     lost = _classes(task.splits["test"]) - _classes(task.splits["train"])
     if lost:
         shown = ", ".join(task.labels[label] for label in sorted(lost)[:_SHOWN])
         notes.append(f"{len(lost)} classes of the test split have no training image ({shown})")
+    if task.source.endswith("(own draw)") and card.kind != "sprites":
+        notes.append("which images are in train800 and val200 is our own draw")
     return Checked(name, images, notes=notes)
+
+
+def _unreadable(task: Task, split: str) -> list[str]:
+    rows = task.splits[split]
+    found = enumerate(decoded(rows, 8, "nearest", f"{task.name}/{split}"))
+    broken = {row: image for row, image in found if isinstance(image, str)}
+    return [f"{split}: {summary(unreadable_rows(rows, broken), len(rows))}"] if broken else []
+
+
+def _changed(splits: Mapping[str, datasets.Dataset], manifest: Manifest) -> list[str]:
+    changed = [name for name, record in manifest.splits.items() if split_digest(splits[name]) != record.sha256]
+    return [f"{name}.parquet is not what was prepared (its SHA-256 differs)" for name in changed]
 
 
 def _parts(images: dict[str, int]) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -145,6 +149,44 @@ def test_what_is_wrong_with_a_folder_is_told(name: str, kitti: Path, capsys: pyt
     assert "ERROR" in capsys.readouterr().out
 
 
+def test_all_faults_are_told_at_once_and_none_with_advice_for_training(kitti: Path) -> None:
+    rewritten(kitti, "train800", lambda lines: ["images/none.png 0", *lines[1:]])
+    rewritten(kitti, "val200", lambda lines: ["images/train/val200-0.png 9", *lines[1:]])
+    rewritten(kitti, "test", lambda lines: [])
+    error = validate("kitti", str(kitti)).error or ""
+    assert "train800.txt: line 1: images/none.png is not there; " in error
+    assert "val200.txt: line 1: 'images/train/val200-0.png 9' is no path" in error and "test.txt lists no" in error
+
+
+def test_counts_and_broken_images_are_told_together(kitti: Path) -> None:
+    rewritten(kitti, "train800", lambda lines: lines[:799])
+    for name in ("train/train800-3", "train/val200-5", "test/test-7"):
+        (kitti / "kitti" / "images" / f"{name}.png").write_bytes(b"not an image")
+    error = validate("kitti", str(kitti)).error or ""
+    assert "train800 has 799 images, its card says 800; train800: 1 of 799 images cannot be read: " in error
+    assert error.count("not an image in a known format") == 3 and "--skip-broken" not in error
+    assert validate("kitti", str(kitti), decode=False).error == "train800 has 799 images, its card says 800"
+
+
+def test_wrong_columns_of_a_task(tmp_path: Path) -> None:
+    (tmp_path / "kitti").mkdir()
+    for split in ("train800", "val200", "test"):
+        pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "kitti" / f"{split}.parquet")
+    assert "train800.parquet has no image column" in (validate("kitti", str(tmp_path)).error or "")
+
+
+def test_lists_and_help_answer_without_the_heavy_libraries() -> None:
+    """They must take no longer than a second and a half."""
+    for argv in (["tasks", "ls"], ["tasks", "--help"], ["tasks", "ls", "--help"], ["tasks", "prepare", "--help"]):
+        code = (
+            "import sys\nfrom pyra.scripts.main import main\n"
+            f"try:\n    main({argv})\nexcept SystemExit:\n    pass\n"
+            "print(sorted({'torch', 'datasets', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]", argv
+
+
 def test_another_test_split_is_noted(kitti: Path) -> None:
     rewritten(kitti, "test", lambda lines: lines[:700])
     found = validate("kitti", str(kitti), decode=False)
@@ -185,7 +227,7 @@ def test_ls_and_validate(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (["lss"], ConfigError, "not 'lss' .did you mean 'ls'"),
+        (["lss"], ConfigError, "no verb 'lss' .did you mean 'ls'"),
         (["ls", "--suite", "vtab"], ConfigError, "unknown suite 'vtab' .did you mean 'vtab-1k'"),
         (["validate", "nothing"], DataError, "unknown task 'nothing'"),
     ],
