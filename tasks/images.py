@@ -84,16 +84,8 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
             pixels = torch.from_numpy(squash(self.image(index), self.image_size, self.interpolation))
         else:
             pixels = self.pixels[index]
-        return {"pixel_values": self._normalised(pixels), "labels": self.labels[index]}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return several examples, normalised together; a ``DataLoader`` asks for its batches here."""
-        if self.pixels is None:
-            return [self[index] for index in indices]
-        values = self._normalised(self.pixels[torch.as_tensor(indices)])
-        return [
-            {"pixel_values": value, "labels": self.labels[index]} for index, value in zip(indices, values, strict=True)
-        ]
+        normalised = pixels.float().div_(255).sub_(self._mean).div_(self._std)
+        return {"pixel_values": normalised, "labels": self.labels[index]}
 
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""
@@ -102,10 +94,6 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def source(self, index: int) -> str:
         """Return where the image comes from: a path, or a parquet file and the row in it."""
         return str(self._rows[index]["source"])
-
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[..., 3, S, S] as float32."""
-        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 
 
 def _decode(rows: datasets.Dataset, side: int, interpolation: str, name: str) -> Pixels:
