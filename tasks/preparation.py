@@ -73,6 +73,9 @@ def prepare(
     if card.kind == "parquet":
         raise DataError(f"task {card.name} is a part of the package: there is nothing to prepare")
     folder = output.expanduser() / (card.folder or card.name)
+    given = Path(source).expanduser() if source is not None else None
+    if given is not None and given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+        raise OutputError(f"--output {output} lies inside --source {source}: choose a folder outside")
     earlier = _earlier(card, folder)
     found = _found(card, home, source, root, columns)
     if earlier is not None and earlier.source != found.where:
@@ -117,7 +120,12 @@ def _manifest(card: TaskCard, source: Source, records: dict[str, SplitRecord]) -
 def _found(card: TaskCard, home: Path, source: str | None, root: str | None, columns: Columns) -> Source:
     if source is None:
         below = root is not None and (Path(root).expanduser() / (card.folder or card.name)).is_dir()
-        return load_splits(card, home, root if below else None)
+        try:
+            return load_splits(card, home, root if below else None)
+        except DataError as error:
+            if below:
+                raise
+            raise DataError(f"{error}; or --source, with images of the same classes") from None
     folder = Path(source).expanduser()
     if any((folder / f"train800{suffix}").is_file() for suffix in (".txt", ".parquet")):
         return listed(card, folder)

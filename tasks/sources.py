@@ -116,7 +116,8 @@ def _below(card: TaskCard, root: str | Path | None) -> Path:
         raise DataError(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout(card)}")
     folder = Path(root).expanduser() / card.folder
     if not folder.is_dir():
-        raise DataError(f"{folder} is not there: --root must hold {layout(card)}")
+        hub = f"; without --root (and PYRA_DATA) it is fetched from the hub, {card.hub}" if card.hub else ""
+        raise DataError(f"{folder} is not there: --root must hold {layout(card)}{hub}")
     return folder
 
 

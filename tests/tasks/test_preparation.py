@@ -155,6 +155,8 @@ def test_nothing_of_somebody_is_overwritten(tmp_path: Path, photos: Path, lists:
     assert (folder / "train800.parquet").read_bytes() == b"mine" and files(tmp_path) == ["train800.parquet"]
     with pytest.raises(OutputError, match="holds files that are not from"):  # in the place of the lists
         prepare(CARD, HOME, lists, root=str(lists))
+    with pytest.raises(OutputError, match="lies inside --source"):  # it would be read as a class next time
+        made(photos, photos)
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "kitti").write_text("x")
     with pytest.raises(OutputError, match="kitti is a file"):
