@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from peft import AdaLoraModel
 from torch import Tensor, nn
 
 from pyra.errors import ConfigError
+
+_SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class RankAllocation:
@@ -53,3 +56,21 @@ class RankAllocation:
                 found.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
         weighted: Tensor = self.config.orth_reg_weight * torch.stack(found).mean()
         return weighted
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the next allocation goes by, for a checkpoint: the sensitivities so far."""
+        allocator = self.tuner.rankallocator
+        return {
+            f"{kind}/{name}": value.detach().cpu().clone()
+            for kind in _SENSITIVITIES
+            for name, value in getattr(allocator, kind).items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what a checkpoint kept."""
+        device = next(self.tuner.parameters()).device
+        for kind in _SENSITIVITIES:
+            setattr(self.tuner.rankallocator, kind, {})
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            getattr(self.tuner.rankallocator, kind)[name] = value.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,20 +95,69 @@ def paper_recipe(backbone: str, level: str, *, method: str = "lora", reactivatio
     return Recipe(pyra, made[method](), arguments, reactivation_lr=reactivation_lr)
 
 
-def parameter_groups(model: nn.Module, lr: float, reactivation_lr: float) -> list[dict[str, Any]]:
-    """Split what trains in a model: re-activation weights have a learning rate of their own.
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    reactivation_lr: float,
+    *,
+    head_lr: float | None = None,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Split what trains in a model: re-activation weights and the head may have learning rates of their own.
+
+    With ``layer_decay`` below 1 the learning rate of all else falls towards the input: layer ``l`` of ``L``, counted
+    from 1, gets ``lr * layer_decay ** (L + 1 - l)``, the embeddings are layer 0, and what follows the last layer gets
+    ``lr`` (as BEiT and timm do, arXiv 2106.08254).
 
     Args:
         model: adapted, with or without PEFT layers.
         lr: of everything else.
         reactivation_lr: of ``W_r``, ``W_D`` and their norm.
+        head_lr: of the task head; ``lr`` by default.
+        layer_decay: factor from a layer to the one before it.
 
     Returns:
         Groups for a torch optimiser, without empty ones.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[REACTIVATION in name.split(".")].append(parameter)
-    named = [{"params": groups[False], "lr": lr}, {"params": groups[True], "lr": reactivation_lr}]
-    return [group for group in named if group["params"]]
+    named = [(name, p) for name, p in model.named_parameters()]
+    depth = max((number for name, _ in named if (number := _layer(name)) is not None), default=0)
+    groups: dict[float, dict[str, list[nn.Parameter]]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        parts = name.split(".")
+        if REACTIVATION in parts:
+            kind, rate = REACTIVATION, reactivation_lr
+        elif any(part in _HEADS for part in parts):
+            kind, rate = "head", lr if head_lr is None else head_lr
+        else:
+            number = _layer(name)
+            below = depth + 1 - number if number is not None else depth + 2 if _is_embedding(parts) else 0
+            kind, rate = "backbone", lr * layer_decay**below
+        shared = "backbone" if kind == "head" and head_lr is None else kind
+        groups.setdefault(rate, {}).setdefault(shared, []).append(parameter)
+    return [{"params": found, "lr": rate} for rate, kinds in groups.items() for found in kinds.values()]
+
+
+_HEADS = ("head", "head_dist", "classifier", "score")
+_EMBEDDINGS = (
+    "patch_embed",
+    "pos_embed",
+    "cls_token",
+    "dist_token",
+    "reg_token",
+    "norm_pre",
+    "embeddings",
+    "embed_tokens",
+)
+_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers?|h)\.(\d+)\.")
+
+
+def _layer(name: str) -> int | None:
+    """Number of the layer that a parameter belongs to, from 0."""
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
+def _is_embedding(parts: list[str]) -> bool:
+    return any(part in _EMBEDDINGS for part in parts)

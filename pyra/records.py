@@ -61,7 +61,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is Literal:
         return value in args
-    if origin is list:
+    if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(_fits(item, args[0]) for item in value)
     if origin is not None:
         return isinstance(value, origin)

@@ -5,7 +5,8 @@ behaviour here: flags with dashes only, typed YAML, all errors at once with sugg
 
 A field becomes ``--field-name``. Types: ``str``, ``int``, ``float``, ``bool`` (``--x`` / ``--no-x``), ``Path``,
 ``Literal``, ``list`` or ``tuple`` of these (a comma list), and ``X | None`` (``none`` is the value). Field metadata:
-``help``, ``choices`` (the allowed values), ``metavar``. A union with ``str`` is text.
+``help``, ``choices`` (the allowed values), ``metavar``, ``repeated`` (a positional list of several arguments, in which
+commas separate nothing). A union with ``str`` is text.
 """
 
 from __future__ import annotations
@@ -52,9 +53,14 @@ def parse(
     fields = {field.name: field for field in _fields(options_class)}
     parser = _build(fields.values(), prog=prog, description=description, example=example, positional=positional)
     given, rest = parser.parse_known_args(_normalise(sys.argv[1:] if argv is None else argv, fields.values()))
+    flags = vars(given)
+    if positional is not None and fields[positional].repeated:
+        flags[positional] = flags.get(positional, []) + [token for token in rest if not token.startswith("-")]
+        rest = [token for token in rest if token.startswith("-")]
+        if not flags[positional]:
+            del flags[positional]
     if rest:
         parser.error(_unknown(rest, fields))
-    flags = vars(given)
     config, print_config = flags.pop("config", None), flags.pop("print_config", False)
 
     problems: list[str] = []
@@ -111,6 +117,7 @@ class _Field:
     metavar: str | None
     container: type | None
     optional: bool
+    repeated: bool = False
 
     def convert(self, value: Any) -> Any:
         """Turn flag text or a YAML value into the field's value; ``ValueError`` says what was expected."""
@@ -190,6 +197,7 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> _Field:
         field.metadata.get("metavar"),
         container,
         optional,
+        field.metadata.get("repeated", False),
     )
 
 
@@ -215,7 +223,8 @@ def _build(
         text = _help(field)
         metavar = field.metavar or ("{" + ",".join(map(str, field.choices)) + "}" if field.choices else None)
         if field.name == positional:
-            parser.add_argument(field.name, nargs="?", metavar=metavar or field.name.upper(), help=text)
+            several = "*" if field.repeated else "?"
+            parser.add_argument(field.name, nargs=several, metavar=metavar or field.name.upper(), help=text)
         elif field.kind is bool and not field.container:
             parser.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, help=text)
         else:

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyra.scripts.cli import parse
+
+if TYPE_CHECKING:
+    from pyra.tasks.protocols.options import ExperimentOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
-    from pyra.tasks.options import METHODS, RunOptions
+    from pyra.tasks.options import METHODS
+    from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
 
     listed = "\n".join(f"  {name:<17}{text}" for name, text in METHODS.items())
+    protocols = "\n".join(f"  {name:<17}{text}" for name, text in PROTOCOLS.items())
     options = parse(
-        RunOptions,
+        ExperimentOptions,
         argv,
         prog="pyra train",
         description=(
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
-            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed}"
+            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed}\n\n"
+            f"protocols:\n{protocols}"
         ),
-        example="pyra train --task demo --method pyra --rate 0.7 --output runs/a",
+        example=(
+            "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3"
+        ),
     )
+    from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        return _single(options) if options.is_single() else _several(options)
+    finally:
+        processes.leave()
+
+
+def _single(options: ExperimentOptions) -> int:
+    from pyra.tasks.fitting import processes
     from pyra.tasks.reports import results_table
     from pyra.tasks.training import train
 
-    quiet_libraries()
-    result = train(options)
+    result = train(options.run(options.output))
+    if not processes.is_main():
+        return 0
     print(results_table([result]))
     if result.skipped_images:
         print(f"{result.skipped_images} unreadable images were left out")
@@ -37,3 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"saved to {options.output}; next: pyra evaluate {options.output}, pyra export {options.output} --format onnx"
     )
     return 0
+
+
+def _several(options: ExperimentOptions) -> int:
+    from pyra.files import write_text
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.protocols.experiment import experiment
+    from pyra.tasks.reports.report import report
+
+    results = experiment(options)
+    if not processes.is_main():
+        return 0
+    folder = Path(options.output).expanduser()
+    against = "linear" if len({result.method for result in results}) > 1 else None
+    write_text(folder / "summary.md", report([str(folder)], style="markdown", against=against).text)
+    print(report([str(folder)], against=against).text)
+    if options.protocol is not None:
+        print(f"chosen: {results[0].chosen} ({results[0].selection}); tried: {folder / 'selection.json'}")
+    print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")
+    return 0
+
+
+if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
+    import sys
+
+    from pyra.scripts.main import main as pyra
+
+    sys.exit(pyra(["train", *sys.argv[1:]]))

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from pyra.backbones import macs, set_rate, unwrap, wrapped_config, wrapped_schedule
 from pyra.backbones.loading import preprocessing
-from pyra.errors import ConfigError, TrainingError
+from pyra.errors import ConfigError
 from pyra.files import write_json
 from pyra.tasks.data import ImageDataset, Task, image_dataset
-from pyra.tasks.metrics import load_metric
+from pyra.tasks.provenance import scored
 from pyra.tasks.results import RunResult, environment, read_result
 from pyra.tasks.runs import DTYPES, load_run, resolve_device, task_of_run
+from pyra.tasks.scoring import score
 from pyra.tasks.timing import throughput
+from pyra.tasks.usage import Meter
 
 
 @dataclass(frozen=True)
@@ -43,43 +42,6 @@ class Measured:
     def columns(self) -> dict[str, Any]:
         """Return the values as columns of a :class:`~pyra.tasks.results.RunResult`."""
         return {**dataclasses.asdict(self), "rate": self.rate}
-
-
-def score(
-    model: Callable[[Tensor], Tensor],
-    data: Dataset[dict[str, Any]],
-    *,
-    metric: str = "accuracy",
-    batch_size: int = 32,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    description: str = "evaluating",
-) -> float:
-    """Score a classifier on a data set; what :func:`pyra.tasks.metrics.load_metric` computes, as a fraction.
-
-    Args:
-        model: pixel values [B, 3, S, S] to logits [B, classes]; a module should be in evaluation mode.
-        data: items with ``pixel_values`` and ``labels``.
-        metric: name of the metric.
-        batch_size: images a forward.
-        device: where the images go.
-        dtype: autocast precision; float32 means none.
-        description: label of the progress bar.
-
-    Raises:
-        TrainingError: where a logit is NaN or infinite.
-    """
-    computed = load_metric(metric)
-    device = torch.device(device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in tqdm(DataLoader(data, batch_size=batch_size), desc=description, unit="batch", leave=False):
-            logits = model(batch["pixel_values"].to(device))
-            finite &= logits.isfinite().all()
-            computed.add_batch(predictions=logits.argmax(-1).cpu(), references=batch["labels"])
-    if not finite:
-        raise TrainingError("the model gives logits that are NaN or infinite: it cannot be scored")
-    return float(computed.compute()[metric])
 
 
 def data_for(
@@ -153,6 +115,7 @@ def evaluate_run(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"--batch-size must be a positive number, got {batch_size}")
     target = resolve_device(device)
+    meter = Meter(target).start()
     model, options, labels = load_run(folder)
     if rate is not None:
         if wrapped_config(model) is None:
@@ -175,6 +138,9 @@ def evaluate_run(
     value = score(model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])
     batch = torch.stack([data[i]["pixel_values"] for i in range(min(batch_size, len(data)))])
     measured = measure(model, batch.to(target))
+    columns = scored(task, task.splits["train"]["label"][:], data)
+    if columns["test_sha256"] == trained.test_sha256:  # its training images may have been some of the split only
+        columns["majority_value"] = trained.majority_value
     result = dataclasses.replace(
         trained,
         value=value,
@@ -182,8 +148,10 @@ def evaluate_run(
         throughput_batch_size=len(batch),
         num_test=len(data),
         skipped_images=len(data.broken),
-        protocol=f"{split} split",
+        split=split,
         environment=environment(str(target)),
+        **columns,
+        **meter.stop().columns(),
     )
     write_json(folder / evaluation_file(split, rate), result.to_dict())
     return result

@@ -80,12 +80,31 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.pixels is None:
-            pixels = torch.from_numpy(squash(self.image(index), self.image_size, self.interpolation))
-        else:
-            pixels = self.pixels[index]
-        normalised = pixels.float().div_(255).sub_(self._mean).div_(self._std)
-        return {"pixel_values": normalised, "labels": self.labels[index]}
+        return {"pixel_values": self.normalised(self.squashed(index)), "labels": self.labels[index]}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes, in the order of their numbers."""
+        return list(self._rows.features["label"].names)
+
+    def squashed(self, index: int) -> torch.Tensor:
+        """Return the image resized to the square, uint8 [3, S, S]."""
+        if self.pixels is not None:
+            return self.pixels[index]
+        return torch.from_numpy(squash(self.image(index), self.image_size, self.interpolation))
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return uint8 pixels [..., 3, S, S] as the model takes them, float32."""
+        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
+
+    def mean_colour(self) -> tuple[int, ...]:
+        """Return the colour that is zero after normalisation, 0..255 a channel."""
+        return tuple(round(255 * value) for value in self._mean.flatten().tolist())
+
+    @property
+    def rows(self) -> datasets.Dataset:
+        """The images as they are stored, without those left out."""
+        return self._rows
 
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""

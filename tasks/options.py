@@ -22,6 +22,7 @@ METHODS = {
     "pyra": "tokens merged and re-activated, beside --peft",
 }
 MERGING = ("tome", "pyra")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
@@ -70,21 +71,35 @@ class RunOptions:
     batch_size: int = option(32, "images a step, and a measured forward")
     lr: float = option(1e-3, "peak learning rate of AdamW (cosine, 10 % warm-up)")
     reactivation_lr: float | None = option(None, "peak learning rate of the re-activation weights; --lr by default")
+    head_lr: float | None = option(None, "peak learning rate of the task head; --lr by default")
+    layer_decay: float = option(1.0, "factor of the learning rate from a layer to the one before it (0.65 to 1)")
     weight_decay: float = option(1e-4, "decoupled weight decay")
+    ema: float | None = option(None, "score and save an exponential moving average of the weights: its decay, 0.999")
+    mixup: float = option(0.0, "alpha of mixup, 0 for none (timm's)")
+    cutmix: float = option(0.0, "alpha of CutMix, 0 for none (timm's)")
+    smoothing: float = option(0.0, "label smoothing")
+    randaugment: str | None = option(None, "RandAugment in timm's words, such as rand-m9-mstd0.5-inc1")
+    accumulate: int = option(1, "parts a step's images are forwarded in: less memory, the same step")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower steps")
+    track: tuple[str, ...] = option((), "trackers that must be installed", choices=TRACKERS)
+    save_steps: int = option(500, "steps between checkpoints, besides one at the end of each epoch")
     seed: int = option(0, "random seed")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("float32", "precision of the forward", choices=("float32", "bfloat16", "float16"))
     limit: int | None = option(None, "use this many images of each split only (a fixed draw), to try things out")
     output: str = option("runs/latest", "folder of the run")
     overwrite: bool = option(False, "replace the run in --output")
+    resume: bool = option(False, "go on with what was interrupted in --output; a finished run is left as it is")
 
     def __post_init__(self) -> None:
         """Check all options together; raises :class:`ConfigError` with every problem."""
         if self.task is None and self.data is None:
             self.task = "demo"
+        if isinstance(self.track, list):  # from JSON
+            self.track = tuple(self.track)
         if isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool):
             self.rate = str(self.rate)
-        problems = type_problems(RunOptions, {f.name: getattr(self, f.name) for f in fields(self)})
+        problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
         if self.task is not None and self.data is not None:
@@ -99,9 +114,10 @@ class RunOptions:
         for checked in fields(self):
             allowed = checked.metadata.get("choices")
             value = getattr(self, checked.name)
-            if allowed and checked.name != "method" and value not in (*allowed, checked.default):
-                close = did_you_mean(str(value), allowed)
-                problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {value!r}{close}")
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                if allowed and checked.name != "method" and one not in (*allowed, checked.default):
+                    close = did_you_mean(str(one), allowed)
+                    problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {one!r}{close}")
         if not self.output.strip():
             problems.append("--output is empty; give a folder")
         given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
@@ -115,17 +131,19 @@ class RunOptions:
             problems.append("--scaled-gates goes with --method pyra")
         of_rates = self._rate_problems()
         problems += of_rates
-        for name in ("rank", "epochs", "batch_size", "lr"):
+        for name in ("rank", "epochs", "batch_size", "lr", "accumulate", "save_steps"):
             if not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
-        for name in ("image_size", "reactivation_lr", "limit", "shots"):
+        for name in ("image_size", "reactivation_lr", "head_lr", "limit", "shots"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
                 problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {getattr(self, name)}")
-        for name in ("dropout", "drop_path"):
+        for name in ("dropout", "drop_path", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < 1e9:
-            problems.append(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < 1e9:
+                problems.append(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(self, name)}")
+        problems += self._augmentation_problems()
         if not 0 <= self.seed < 2**32:
             problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
         if not 0 <= self.shots_seed < 2**32:
@@ -180,6 +198,26 @@ class RunOptions:
             problems.append("--elastic needs a range of rates, such as --rate 0.3:0.8")
         if self.distill and not self.elastic:
             problems.append("--distill goes with --elastic")
+        return problems
+
+    def _augmentation_problems(self) -> list[str]:
+        problems = []
+        if not 0 < self.layer_decay <= 1:
+            problems.append(f"--layer-decay must be above 0 and at most 1, got {self.layer_decay}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            problems.append(f"--ema must be between 0 and 1, such as 0.999, got {self.ema}")
+        if self.ema is not None and self.method == "linear":
+            problems.append("--ema goes with every method but linear")
+        changed = [name for name in ("mixup", "cutmix", "randaugment") if getattr(self, name)]
+        if changed and self.method == "linear":
+            problems.append(f"--{changed[0]}: a linear probe trains on stored features, its images stay as they are")
+        if (self.mixup or self.cutmix) and self.accumulate > 0 and (self.batch_size // self.accumulate) % 2:
+            problems.append(
+                f"--mixup and --cutmix mix images in pairs: --batch-size {self.batch_size} in {self.accumulate} "
+                f"part{'s' * (self.accumulate > 1)} is odd"
+            )
+        if self.gradient_checkpointing and self.method == "linear":
+            problems.append("--gradient-checkpointing: a linear probe has no backward pass through its backbone")
         return problems
 
     def peft_config(self) -> Any:

@@ -21,9 +21,10 @@ from pyra.errors import DataError
 from pyra.files import read_json, write_json
 from pyra.tasks.comparison import Right
 from pyra.tasks.data import ImageDataset
+from pyra.tasks.fitting.fit import fit, forget_checkpoints
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import DTYPES, new_model, resolve_device, task_for
-from pyra.tasks.training import fit, splits
+from pyra.tasks.training import splits
 
 FILE = "outcomes.json"
 
@@ -70,6 +71,7 @@ def outcomes(
         found[rate] = right(folded, test_data, options)
     packed = {str(rate): "".join("01"[int(one)] for one in values) for rate, values in found.items()}
     write_json(folder / FILE, {"settings": settings, "right": packed})
+    forget_checkpoints(folder)
     return found
 
 

@@ -6,6 +6,7 @@ Every such folder holds a claim file that says what it is; a folder without one 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import fnmatch
 import json
 import os
@@ -24,7 +25,7 @@ from pyra.tasks.results import RESULT_FILE
 CLAIM_FILE = ".pyra-run"
 """Says which kind of output a folder holds."""
 
-Kind = Literal["run", "demo", "export"]
+Kind = Literal["run", "trial", "experiment", "demo", "export"]
 
 WRITTEN: dict[Kind, tuple[str, ...]] = {
     "run": (
@@ -33,10 +34,15 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "labels.json",
         "data.json",
         "backbone.json",
+        "training.json",
+        "predictions.json",
+        "logs",
         "adapter",
         "evaluation*.json",
         "export",
     ),
+    "trial": ("options.json", "data.json", "trial.json"),
+    "experiment": ("experiment.json", "selection.json", "summary.md", "trials", "linear", "seed-*"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),
 }
@@ -48,33 +54,51 @@ _INSIDE: dict[str, tuple[str, ...]] = {
 }
 """What pyra writes into folders of an output; with anything else in them they are not replaced."""
 
-_WORTH_KEEPING: dict[Kind, str] = {"run": "adapter"}  # what an interrupted output is kept for
+_CHECKPOINTS = "checkpoints/checkpoint-*/complete.json"
+_WORTH_KEEPING: dict[Kind, tuple[str, ...]] = {"run": ("adapter", _CHECKPOINTS), "trial": (_CHECKPOINTS,)}
+"""What an interrupted output is kept for, as patterns."""
+
 _PARTIAL = ".partial-"
+_LOCK, _JOURNAL, _REPLACED = ".lock", ".swap.json", ".replaced"
+_OWN = frozenset({CLAIM_FILE, _LOCK, _JOURNAL, _REPLACED})
 _IGNORED = frozenset({".gitignore", ".gitkeep", ".DS_Store"})
 
 
 @contextmanager
-def staged_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False) -> Iterator[Path]:
+def staged_output(
+    folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, resumed: Path | None = None
+) -> Iterator[Path]:
     """Yield an empty folder to write to; when the block ends without an error, its entries appear in ``folder``.
 
     Until then an earlier output stays as it is. With ``overwrite`` the entries of an earlier output of the same kind
     (:data:`WRITTEN`) give way to the new ones; every other file stays. Links are replaced, never followed. After an
-    error the new files are removed, but for trained weights: where they lie is printed.
+    error the new files are removed, but for trained weights and checkpoints: where they lie is printed. What a killed
+    process left is put right first: a swap that had begun is ended, and folders worth nothing are removed.
+
+    Args:
+        folder: of the output.
+        kind: of output.
+        overwrite: replace an earlier one.
+        resumed: one of :func:`unfinished` to go on with, instead of an empty folder.
 
     Raises:
         OutputError: before the block: ``folder`` holds an output and ``overwrite`` is false; it holds one of another
             kind, or files that are not pyra's (even with ``overwrite``); it lies inside another output (an export may);
             it is a file, cannot be created, or is a place no output belongs: the root, the home folder or one above it,
-            the root of a git checkout. After it: another process has written there meanwhile (its files and the new
-            ones are both kept).
+            the root of a git checkout; ``resumed`` is in use. After it: another process has written there meanwhile
+            (its files and the new ones are both kept).
     """
     folder = Path(folder).expanduser()
     try:
         existed = folder.is_dir()
         _refuse_dangerous(folder, kind)
         folder.mkdir(parents=True, exist_ok=True)
+        put_right(folder, kind)
         earlier = _earlier(folder, kind, overwrite)
-        staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+        staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder)) if resumed is None else resumed
+        lock = _locked(staging)
+        if lock is None:
+            raise OutputError(f"another process is writing {staging}: wait for it, or choose another --output")
         write_json(staging / CLAIM_FILE, {"kind": kind, "date": _now()})
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -89,14 +113,87 @@ def staged_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = 
             raise OutputError(f"{folder} was written by another process meanwhile; this output is kept in {staging}")
         _swap_in(staging, folder, kind)
     except BaseException:
-        wanted = _WORTH_KEEPING.get(kind)
-        if not keep and wanted is not None and (staging / wanted).exists():
-            print(f"what was trained so far is kept in {staging}", file=sys.stderr)
+        if not keep and _worth_keeping(staging, kind):
+            print(f"what was trained so far is kept in {staging}; --resume goes on with it", file=sys.stderr)
         elif not keep:
             shutil.rmtree(staging, ignore_errors=True)
             if not existed and not any(folder.iterdir()):
                 folder.rmdir()
         raise
+    finally:
+        os.close(lock)
+
+
+def claimed_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, resume: bool = False) -> Path:
+    """Return a folder for outputs of several runs, each of which is written on its own, marked as ours.
+
+    With ``overwrite`` what an earlier one of the same kind wrote is removed; with ``resume`` it stays.
+
+    Raises:
+        OutputError: as of :func:`staged_output`, before its block.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        _refuse_dangerous(folder, kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        if _earlier(folder, kind, overwrite or resume) and not resume:
+            for entry in [e for e in folder.iterdir() if any(fnmatch.fnmatch(e.name, p) for p in WRITTEN[kind])]:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        write_json(folder / CLAIM_FILE, {"kind": kind, "date": _now()})
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
+    return folder
+
+
+def unfinished(folder: str | os.PathLike[str], kind: Kind) -> list[Path]:
+    """Return what interrupted outputs of a kind left below ``folder``, the newest first; those in use are left out."""
+    folder = Path(folder).expanduser()
+    found = [entry for entry in folder.glob(f"{_PARTIAL}*") if _kind_of(entry) == kind and _worth_keeping(entry, kind)]
+    return sorted(
+        (entry for entry in found if not _in_use(entry)), key=lambda entry: entry.stat().st_mtime, reverse=True
+    )
+
+
+def put_right(folder: Path, kind: Kind) -> None:
+    """End a swap that was cut off, and remove what interrupted outputs left that is worth nothing."""
+    for entry in folder.glob(f"{_PARTIAL}*"):
+        swapping = (entry / _JOURNAL).is_file()
+        if (not swapping and _kind_of(entry) != kind) or _in_use(entry):
+            continue
+        if swapping:
+            _go_on_swapping(entry, folder)
+        elif not _worth_keeping(entry, kind):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _worth_keeping(staging: Path, kind: Kind) -> bool:
+    return any(next(staging.glob(pattern), None) is not None for pattern in _WORTH_KEEPING.get(kind, ()))
+
+
+def _locked(staging: Path) -> int | None:
+    """Lock a folder against other processes; the lock ends with the process. None where another one has it."""
+    handle = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _in_use(staging: Path) -> bool:
+    try:
+        lock = _locked(staging)
+    except OSError:  # gone meanwhile, or not ours to write
+        return True
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
@@ -114,9 +211,11 @@ def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
             f"--overwrite only replaces an earlier {kind}"
         )
     if found != kind:
-        raise OutputError(f"{folder} holds a {found}, not a {kind}: choose another --output")
+        raise OutputError(f"{folder} holds {_a(found)}, not {_a(kind)}: choose another --output")
     if not overwrite:
-        raise OutputError(f"{folder} already holds a {kind}: pass --overwrite to replace it or choose another --output")
+        raise OutputError(
+            f"{folder} already holds {_a(kind)}: pass --overwrite to replace it or choose another --output"
+        )
     for name, known in _INSIDE.items():
         if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():
             foreign = sorted(entry.name for entry in (folder / name).iterdir() if entry.name not in known)
@@ -138,8 +237,20 @@ def _kind_of(folder: Path) -> str | None:
 
 
 def _swap_in(staging: Path, folder: Path, kind: Kind) -> None:
-    """Put the entries of ``staging`` in the place of the earlier ones; all go back where one rename fails."""
-    aside = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
+    """Put the entries of ``staging`` in the place of the earlier ones; all go back where one rename fails.
+
+    A journal says what is to be moved, so that a swap whose process was killed can be ended by the next one.
+    """
+    old = [entry.name for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, p) for p in WRITTEN[kind])]
+    new = [entry.name for entry in staging.iterdir() if entry.name not in _OWN]
+    (staging / _REPLACED).mkdir(exist_ok=True)
+    write_json(staging / _JOURNAL, {"old": old, "new": new})
+    _go_on_swapping(staging, folder)
+
+
+def _go_on_swapping(staging: Path, folder: Path) -> None:
+    journal = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
+    aside = staging / _REPLACED
     moved: list[tuple[Path, Path]] = []
 
     def move(source: Path, target: Path) -> None:
@@ -147,20 +258,20 @@ def _swap_in(staging: Path, folder: Path, kind: Kind) -> None:
         moved.append((source, target))
 
     try:
-        for entry in list(folder.iterdir()):
-            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in WRITTEN[kind]):
-                move(entry, aside / entry.name)
-        for entry in list(staging.iterdir()):
-            if entry.name != CLAIM_FILE:
-                move(entry, folder / entry.name)
-        os.replace(staging / CLAIM_FILE, folder / CLAIM_FILE)  # last: the folder is never without one
+        for name in journal["old"]:  # all of them before anything new comes
+            if not os.path.lexists(aside / name):
+                move(folder / name, aside / name)
+        for name in journal["new"]:
+            if os.path.lexists(staging / name):
+                move(staging / name, folder / name)
+        if (staging / CLAIM_FILE).exists():
+            os.replace(staging / CLAIM_FILE, folder / CLAIM_FILE)  # last: the folder is never without one
     except BaseException:
         for source, target in reversed(moved):
             target.rename(source)
-        aside.rmdir()
+        (staging / _JOURNAL).unlink()
         raise
-    staging.rmdir()
-    shutil.rmtree(aside)
+    shutil.rmtree(staging)
 
 
 def _now() -> str:
@@ -179,7 +290,11 @@ def _refuse_dangerous(folder: Path, kind: Kind) -> None:
         place = "the root of a git checkout"
     else:
         around = next((above for above in real.parents if _kind_of(above) is not None), None)
-        if around is not None and kind != "export":  # an export belongs into its run
+        if around is not None and kind != "export" and _kind_of(around) != "experiment":  # an export is of its run
             raise OutputError(f"{folder} lies inside another output of pyra, {around}: choose another --output")
         return
     raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

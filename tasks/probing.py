@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pyra.tasks.data import split_digest
+from pyra.tasks.images import ImageDataset
+
 
 class FeatureDataset(Dataset[dict[str, Any]]):
     """Items as of an image data set, with a feature [C] in the place of the pixels."""
@@ -21,6 +24,22 @@ class FeatureDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.features[index], "labels": int(self.labels[index])}
+
+
+class FeatureStore:
+    """Features of the splits of one experiment, each computed once, for all candidates and seeds of its probe."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int, str], FeatureDataset] = {}
+
+    def features(
+        self, model: nn.Module, data: ImageDataset, *, batch_size: int, device: torch.device, dtype: torch.dtype
+    ) -> FeatureDataset:
+        """Return what :func:`frozen_features` does, computed where these images are new."""
+        key = (split_digest(data.rows), data.image_size, str(dtype))
+        if key not in self._found:
+            self._found[key] = frozen_features(model, data, batch_size=batch_size, device=device, dtype=dtype)
+        return self._found[key]
 
 
 def probe_of(model: nn.Module) -> nn.Module | None:

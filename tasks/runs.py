@@ -2,6 +2,8 @@
 
 run/
 result.json     the result (pyra.tasks.results)
+predictions.json  what it answered on each test image
+training.json   its losses, step by step
 options.json    the options it was made with, paths absolute
 data.json       the splits it was trained and scored on
 backbone.json   which weights it was made from, where they came from a file
@@ -11,6 +13,7 @@ adapter/        what was trained (pyra.adapters.folder)
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,17 +34,21 @@ from pyra.tasks.columns import Columns
 from pyra.tasks.data import Task, load_task, split_digest
 from pyra.tasks.fewshot import few_shot
 from pyra.tasks.options import DEVICES, RunOptions
+from pyra.tasks.provenance import remember_weights
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OPTIONS, _LABELS, _BACKBONE, _DATA = "options.json", "labels.json", "backbone.json", "data.json"
+OPTIONS, DATA = "options.json", "data.json"
+_LABELS, _BACKBONE = "labels.json", "backbone.json"
 
 
 def resolve_device(name: str) -> torch.device:
     """Turn auto / cpu / cuda into a device; raises :class:`ConfigError` for a device that is not there."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():  # each process of a distributed run has its own
+        return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     if re.fullmatch(DEVICES, name) is None:
         raise ConfigError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
     device = torch.device(name)
@@ -71,6 +78,7 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
     """
     model = new_backbone(options, num_classes)
     geometry(model)
+    remember_weights(model, options.pretrained or options.checkpoint is not None)
     if options.method == "full":
         return model
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
@@ -78,17 +86,22 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
 
 def save_run(folder: Path, options: RunOptions, task: Task) -> None:
     """Write what is needed to make the model again (the adapter itself is saved beside it), and on what it was made."""
-    write_json(folder / _DATA, _record(task))
+    write_json(folder / DATA, data_record(task))
     weights = _weights_file(options)
     if weights is not None:
         write_json(folder / _BACKBONE, {"file": str(weights), "sha256": file_digest(weights)})
+    write_json(folder / OPTIONS, stored_options(options))
+    write_json(folder / _LABELS, list(task.labels))
+
+
+def stored_options(options: RunOptions) -> dict[str, Any]:
+    """Return the options as a run keeps them: a run is read from any folder, so paths are absolute."""
     values = asdict(options)
-    for name in ("backbone", "checkpoint", "data", "root"):  # a run is read from any folder
+    for name in ("backbone", "checkpoint", "data", "root"):
         shipped = name == "backbone" and options.backbone == "demo"  # though a folder may be called so
         if values[name] is not None and not shipped and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
-    write_json(folder / _OPTIONS, values)
-    write_json(folder / _LABELS, list(task.labels))
+    return values
 
 
 def task_for(options: RunOptions) -> Task:
@@ -113,11 +126,11 @@ def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) 
     task = task_for(options)
     if list(task.labels) != list(labels):
         raise DataError(f"{folder} was trained on other classes than {task.name} has now: the data or the run changed")
-    if not (folder / _DATA).is_file():  # of an earlier version
+    if not (folder / DATA).is_file():  # of an earlier version
         return task
-    stored, now = _read_json(folder, _DATA), _record(task)
+    stored, now = _read_json(folder, DATA), data_record(task)
     if not isinstance(stored, dict) or not isinstance(stored.get("splits"), dict):
-        raise DataError(f"{folder / _DATA} holds no record of splits")
+        raise DataError(f"{folder / DATA} holds no record of splits")
     was, here = stored.get("version"), now["version"]
     if was != here:
         raise DataError(
@@ -134,7 +147,8 @@ def task_of_run(folder: str | Path, options: RunOptions, labels: Sequence[str]) 
     return task
 
 
-def _record(task: Task) -> dict[str, Any]:
+def data_record(task: Task) -> dict[str, Any]:
+    """Return what is recorded of the data of a task: its version, and size and hash of each split."""
     splits = {name: {"images": len(rows), "sha256": split_digest(rows)} for name, rows in task.splits.items()}
     return {"task": task.name, "version": task.version, "splits": splits}
 
@@ -180,14 +194,14 @@ def _check_same_weights(folder: Path, options: RunOptions) -> None:
 
 
 def _read_options(folder: Path) -> RunOptions:
-    values = _read_json(folder, _OPTIONS)
+    values = _read_json(folder, OPTIONS)
     problems = record_problems(RunOptions, values)
     if problems:
-        raise DataError(f"{folder / _OPTIONS} holds no options of a run: {'; '.join(problems)}")
+        raise DataError(f"{folder / OPTIONS} holds no options of a run: {'; '.join(problems)}")
     try:
         return RunOptions(**values)
     except ConfigError as error:
-        raise DataError(f"{folder / _OPTIONS}: {error}") from None
+        raise DataError(f"{folder / OPTIONS}: {error}") from None
 
 
 def _read_json(folder: Path, name: str) -> Any:

@@ -18,7 +18,12 @@ LAYERS = ("pyra.scripts", "pyra.tasks", "pyra.adapters", "pyra")  # from the top
 
 # library -> the only files (repository paths) that may import it
 ALLOWED = {
-    "timm": ("pyra/backbones/timm_*.py", "pyra/backbones/loading.py", "scripts/pretrain_demo_backbone.py"),
+    "timm": (
+        "pyra/backbones/timm_*.py",
+        "pyra/backbones/loading.py",
+        "tasks/fitting/augmentation.py",  # its RandAugment, mixup and CutMix
+        "scripts/pretrain_demo_backbone.py",
+    ),
     "transformers": (
         "adapters/*",
         "tasks/*",

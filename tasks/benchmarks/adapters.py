@@ -67,18 +67,18 @@ def switching_rows(subject: Subject, rounds: int) -> list[Row]:
 
 
 def elastic_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
-    """Three training steps at the lowest rate, the highest and one between, and three at the middle of the range."""
+    """Two training steps over the range, one with its highest rate, and two at the middle of the range."""
     jobs = {
-        "fixed": _three_steps(subject, batch_size, elastic=False),
-        "elastic": _three_steps(subject, batch_size, elastic=True),
-        "distilled": _three_steps(subject, batch_size, elastic=True, distill=True),
+        "fixed": _two_steps(subject, batch_size, elastic=False),
+        "elastic": _two_steps(subject, batch_size, elastic=True),
+        "distilled": _two_steps(subject, batch_size, elastic=True, distill=True),
     }
     found = spreads(jobs, rounds, device=subject.device)
     rows = []
     for name, goal in (("elastic", STEP_GOAL), ("distilled", None)):
         share = found[name].p50 / found["fixed"].p50
         ratios = {"fixed-rate share": share}
-        rows.append(_row(subject, f"three training steps, {name}", found[name], ratios, goal, batch_size))
+        rows.append(_row(subject, f"two training steps, {name}", found[name], ratios, goal, batch_size))
     return rows
 
 
@@ -112,24 +112,29 @@ def _adapted(subject: Subject, rate: float, rate_range: list[float] | None = Non
     return adapt(subject.make(), pyra=config, peft=peft_config("lora", 8))
 
 
-def _three_steps(subject: Subject, batch_size: int, elastic: bool, distill: bool = False) -> Job:
+def _two_steps(subject: Subject, batch_size: int, elastic: bool, distill: bool = False) -> Job:
     model = _adapted(subject, RATES[-1] if elastic else _MIDDLE, list(RATES) if elastic else None).train()
     images = photographs(subject, batch_size)
     labels = torch.arange(batch_size, device=images.device) % 100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     sampler = RateSampler(list(RATES), steps_between=1)  # between: the middle
 
+    def backward(taken: slice, weight: float) -> None:
+        teacher = None
+        if distill:
+            with uncompressed(model):
+                teacher = model(images[taken])
+        logits = model(images[taken])
+        loss = F.cross_entropy(logits, labels[taken])
+        (weight * (loss if teacher is None else loss + distillation_loss(logits, teacher))).backward()
+
     def run() -> None:
-        for step in range(3):
-            teacher = None
-            if elastic:
-                sampler.apply(model, step)
-            if distill:
-                with uncompressed(model):
-                    teacher = model(images)
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            (loss if teacher is None else loss + distillation_loss(logits, teacher)).backward()
+        for step in range(2):
+            for part in sampler.parts(step) if elastic else ():
+                sampler.apply(model, part.rate)
+                backward(part.rows(batch_size), part.weight)
+            if not elastic:
+                backward(slice(batch_size), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 

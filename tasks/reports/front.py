@@ -25,7 +25,10 @@ def front_indices(rows: Sequence[RunResult]) -> list[int]:
     if len(compared) > 1:
         raise ValueError(f"a front needs rows of one task and metric, these are {compared}")
     timed = all_timed(rows)
-    points = [((row.images_per_second or 0.0) if timed else -row.macs, row.value) for row in rows]
+    points = [
+        ((row.images_per_second or 0.0) if timed else -row.macs, row.value if row.higher_is_better else -row.value)
+        for row in rows
+    ]
     front = [
         index
         for index, (speed, value) in enumerate(points)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tabulate import tabulate
 
-from pyra.tasks.results import RunResult
+from pyra.tasks.results import PROTOCOLS, RunResult
 
 _PERCENT = {"accuracy": "top-1 (%)", "top1": "top-1 (%)", "top-1": "top-1 (%)", "top5": "top-5 (%)"}
 _STYLES = {"plain": "simple", "markdown": "pipe", "html": "html"}
@@ -34,18 +34,23 @@ def results_table(
     cells = [list(line) for line in zip(*columns.values(), strict=True)]
     if style == "markdown":
         cells = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-    align = ["left" if name in ("task", "method") else "right" for name in columns] if cells else None
+    align = ["left" if name in ("task", "method", "protocol") else "right" for name in columns] if cells else None
     return str(tabulate(cells, list(columns), tablefmt=_STYLES[style], disable_numparse=True, colalign=align))
 
 
 def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) -> dict[str, list[str]]:
-    """Return the texts of each column under its header; task and seed appear only where they differ."""
+    """Return the texts of each column under its header; task and seed appear only where they differ.
+
+    Where a row was chosen on the test split, all rows say by which protocol they were made.
+    """
     columns: dict[str, list[str]] = {}
     if len({row.task for row in rows}) > 1:
         columns["task"] = [row.task for row in rows]
     columns["method"] = [row.method for row in rows]
     if len({row.seed for row in rows}) > 1:
         columns["seed"] = [str(row.seed) for row in rows]
+    if any(row.protocol == "published" for row in rows):
+        columns["protocol"] = [protocol_label(row.protocol) for row in rows]
     columns["rate"] = [f"{row.rate:.2f}" for row in rows]
     header = value_name(rows)
     columns[header] = [("" if header != "value" else f"{_name(row)} ") + _value(row) for row in rows]
@@ -60,6 +65,13 @@ def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) 
     return columns
 
 
+def protocol_label(protocol: str | None) -> str:
+    """Return what a table says of a protocol; that numbers were chosen on the test split stands wherever they do."""
+    if protocol == "published":
+        return f"published ({PROTOCOLS['published']})"
+    return protocol or "-"
+
+
 def value_name(rows: Sequence[RunResult]) -> str:
     """Return the name of the metric all rows share, or "value"."""
     names = {_name(row) for row in rows}
@@ -69,6 +81,31 @@ def value_name(rows: Sequence[RunResult]) -> str:
 def shown_value(row: RunResult) -> float:
     """Return the value as people read it: an accuracy in percent."""
     return 100 * row.value if row.metric in _PERCENT else row.value
+
+
+def metric_name(metric: str) -> str:
+    """Return what tables call a metric, with its unit."""
+    return _PERCENT.get(metric, metric)
+
+
+def value_text(metric: str, value: float, deviation: float | None = None, *, sign: bool = False) -> str:
+    """Return a value as people read it, with its standard deviation where there is one.
+
+    >>> value_text("accuracy", 0.6044, 0.0051), value_text("rmse", 0.25, sign=True), value_text("rmse", 1e30)
+    ('60.4 ± 0.5', '+0.250', '1.000e+30')
+    """
+    scale, digits = (100, 1) if metric in _PERCENT else (1, 3)
+
+    def text(number: float, plus: str = "") -> str:
+        return f"{number:{plus}.{digits}f}" if abs(number) < 1e6 else f"{number:{plus}.3e}"
+
+    shown = text(value * scale, "+" if sign else "")
+    return shown if deviation is None else f"{shown} ± {text(deviation * scale)}"
+
+
+def number_text(value: float | None) -> str:
+    """Return a positive number with the digits that matter, or "-" for None."""
+    return _number(value)
 
 
 def macs_unit(rows: Sequence[RunResult]) -> tuple[str, float]:
@@ -88,6 +125,8 @@ def _value(row: RunResult, minus: float | None = None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
+    if value >= 1e15:
+        return f"{value:.3e}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

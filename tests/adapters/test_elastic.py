@@ -22,24 +22,40 @@ from pyra.errors import ConfigError
 RANGE = [0.1, 0.4]
 
 
-def test_a_sandwich_is_the_lowest_the_highest_and_one_between() -> None:
-    rates = [RateSampler(RANGE).rate(step) for step in range(60)]
-    assert rates[0::3] == [0.1] * 20 and rates[1::3] == [0.4] * 20
-    between = rates[2::3]
+def rates_of(sampler: RateSampler, steps: int) -> list[list[float]]:
+    return [[part.rate for part in sampler.parts(step)] for step in range(steps)]
+
+
+def test_a_sandwich_is_the_lowest_and_the_highest_or_one_between() -> None:
+    rates = rates_of(RateSampler(RANGE), 60)
+    assert [first for first, _ in rates] == [0.1] * 60
+    assert [other for _, other in rates[1::2]] == [0.4] * 30
+    between = [other for _, other in rates[0::2]]
     assert all(0.1 < rate < 0.4 for rate in between) and len(set(between)) > 5
 
 
+@pytest.mark.parametrize("rule", ["sandwich", "uniform"])
+@pytest.mark.parametrize("images", [1, 2, 3, 7, 32])
+def test_every_image_of_a_step_is_seen(rule: str, images: int) -> None:
+    for step in range(2):
+        parts = RateSampler(RANGE, rule).parts(step)
+        taken = [list(range(images))[part.rows(images)] for part in parts]
+        assert {image for rows in taken for image in rows} == set(range(images)) and all(taken)
+        assert sum(part.weight for part in parts) == 1
+        assert sum(len(rows) for rows in taken) <= 1.25 * images + 2 * len(parts)
+
+
 def test_uniform_draws_all_of_the_range() -> None:
-    rates = [RateSampler(RANGE, "uniform").rate(step) for step in range(400)]
+    rates = [rate for (rate,) in rates_of(RateSampler(RANGE, "uniform"), 400)]
     assert (min(rates), max(rates)) == (0.1, 0.4) and len(set(rates)) == 17
     assert sum(rates) / 400 == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_draw_depends_on_seed_and_step_alone() -> None:
     one, other = RateSampler(RANGE, seed=1), RateSampler(RANGE, seed=1)
-    forwards, backwards = [one.rate(s) for s in range(30)], [other.rate(s) for s in reversed(range(30))]
-    assert forwards == backwards[::-1]
-    assert forwards != [RateSampler(RANGE, seed=2).rate(s) for s in range(30)]
+    forwards, backwards = rates_of(one, 30), [other.parts(s) for s in reversed(range(30))]
+    assert forwards == [[part.rate for part in parts] for parts in backwards[::-1]]
+    assert forwards != rates_of(RateSampler(RANGE, seed=2), 30)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +109,15 @@ def test_the_divergence_is_that_of_its_definition() -> None:
     assert distillation_loss(teacher, teacher).abs() < 1e-6
 
 
-def test_a_step_switches_the_model_as_set_rate_does() -> None:
+def test_a_part_switches_the_model_as_set_rate_does() -> None:
     model, other = (wrap(build("timm-vit"), PyraConfig(rate=0.4, rate_range=RANGE)) for _ in range(2))
     sampler = RateSampler(RANGE)
-    for step in (0, 1, 2, 5, 2):
-        assert sampler.apply(model, step) == sampler.rate(step)
-        other.set_rate(sampler.rate(step))
+    for rate in (0.1, 0.4, 0.25, 0.3, 0.25):
+        sampler.apply(model, rate)
+        other.set_rate(rate)
         assert wrapped_schedule(model) == wrapped_schedule(other) and wrapped_config(model) == wrapped_config(other)
     with pytest.raises(ConfigError, match="wrap or adapt it first"):
-        sampler.apply(build("timm-vit"), 0)
+        sampler.apply(build("timm-vit"), 0.1)
 
 
 def test_weights_of_every_rank_are_trained() -> None:
@@ -114,9 +130,10 @@ def test_weights_of_every_rank_are_trained() -> None:
         nn.init.normal_(parameter)
     inputs, labels, seen = FAMILIES["timm-average"].inputs(), torch.tensor([0, 1, 2]), {}
     sampler = RateSampler(RANGE)
-    for step in range(60):
-        sampler.apply(model, step)
-        F.cross_entropy(result(run(model, inputs)), labels).backward()
+    for step in range(150):
+        for part in sampler.parts(step):
+            sampler.apply(model, part.rate)
+            F.cross_entropy(result(run(model, inputs)), labels).backward()
     for name, parameter in model.named_parameters():
         if "pair_weight" in name and parameter.requires_grad:
             seen[name] = parameter.grad

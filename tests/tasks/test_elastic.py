@@ -10,9 +10,10 @@ import pytest
 
 from pyra.errors import ConfigError
 from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import load_run
-from pyra.tasks.training import ImageTrainer, train
+from pyra.tasks.training import train
 
 
 def options(backbone: Path, output: Path, **changes: Any) -> RunOptions:
@@ -33,7 +34,8 @@ def test_one_run_at_every_rate(
 
     monkeypatch.setattr(ImageTrainer, "compute_loss", watched)
     trained = train(options(tiny_backbone, tmp_path / "run", distill=distill))
-    assert rates[:2] == [0.2, 0.5] and 0.2 < rates[2] < 0.5 and len(rates) == 5
+    assert rates[0::2] == [0.2] * 5 and rates[3] == rates[7] == 0.5 and len(rates) == 10
+    assert all(0.2 < rate < 0.5 for rate in rates[1::4])
     assert trained.rate == pytest.approx(0.5, abs=0.02)
     stored = json.loads((tmp_path / "run" / "adapter" / "pyra_config.json").read_text())
     assert stored["rate_range"] == [0.2, 0.5] and stored["rate"] == 0.5

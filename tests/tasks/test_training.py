@@ -23,11 +23,13 @@ from pyra.errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from pyra.tasks.evaluation import evaluate_run, score
+from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import METHODS, RunOptions
 from pyra.tasks.results import read_result
 from pyra.tasks.runs import load_run, new_model
-from pyra.tasks.training import ImageTrainer, train
+from pyra.tasks.scoring import score
+from pyra.tasks.training import train
 
 pytestmark = pytest.mark.usefixtures("no_cuda_extension")
 
@@ -55,7 +57,9 @@ def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> N
         "data.json",
         "labels.json",
         "options.json",
+        "predictions.json",
         "result.json",
+        "training.json",
     ]
     again = evaluate_run(tmp_path / "run", device="cpu")
     assert again.value == pytest.approx(result.value)
@@ -109,12 +113,12 @@ def test_reactivation_learning_rate_applies(
     """The published code filters on a wrong name, so that its option never applies: this looks at the optimiser."""
     found, plain = {}, ImageTrainer.train
 
-    def watched(self: ImageTrainer) -> Any:
+    def watched(self: ImageTrainer, **more: Any) -> Any:
         names = {id(p): name for name, p in self.model.named_parameters()}
         for group in self.optimizer.param_groups:
             found[group["lr"]] = {names[id(p)] for p in group["params"]}
         found["all"] = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        return plain(self)
+        return plain(self, **more)
 
     monkeypatch.setattr(ImageTrainer, "train", watched)
     train(options(tiny_backbone, tmp_path / "run", lr=1e-3, reactivation_lr=7e-2))
@@ -316,7 +320,7 @@ def test_a_probe_on_stored_features_is_the_probe_on_images(
     weights = []
     for name in ("features", "images"):
         if name == "images":
-            monkeypatch.setattr("pyra.tasks.training.probe_of", lambda model: None)
+            monkeypatch.setattr("pyra.tasks.fitting.fit.probe_of", lambda model: None)
         train(options(tiny_backbone, tmp_path / name, method="linear", epochs=3, lr=0.1, drop_path=0.3))
         weights.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
     assert weights[0].keys() == weights[1].keys()

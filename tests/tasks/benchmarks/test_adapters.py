@@ -19,8 +19,8 @@ def test_rows_of_adapters(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert list(rows) == [
         "loading an adapter",
         "switching there and back",
-        "three training steps, elastic",
-        "three training steps, distilled",
+        "two training steps, elastic",
+        "two training steps, distilled",
     ]
     for name, row in rows.items():
         ((compared, ratio),) = row["ratios"].items()

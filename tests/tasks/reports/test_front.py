@@ -45,3 +45,9 @@ def test_front_keeps_equals_and_refuses_to_compare_tasks(rows, make):
     assert [row.method for row in pareto_front(twins)] == ["a", "b"]
     with pytest.raises(ValueError, match="one task and metric"):
         pareto_front([make(), make(task="other")])
+
+
+def test_lower_is_better_where_the_metric_says_so(make):
+    rows = [make(name, value, speed, metric="rmse", higher_is_better=False) for name, value, speed in
+            (("a", 0.2, 100.0), ("b", 0.5, 50.0), ("c", 0.1, 20.0))]  # fmt: skip
+    assert [row.method for row in pareto_front(rows)] == ["a", "c"]

@@ -41,6 +41,12 @@ def test_table_of_several_tasks_and_metrics(make):
     assert results_table([]).splitlines()[0].startswith("method")
 
 
+def test_rows_chosen_on_the_test_split_say_so(make):
+    lines = results_table([make(protocol="fixed"), make("lora", protocol="published")]).splitlines()
+    assert lines[0].split()[1] == "protocol" and "published (chosen on the test split)" in lines[3]
+    assert "protocol" not in results_table([make(protocol="fixed")])
+
+
 def test_table_refusals(rows):
     with pytest.raises(ValueError, match="'html', 'markdown', 'plain'"):
         results_table(rows, "latex")

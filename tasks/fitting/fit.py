@@ -1,0 +1,318 @@
+"""From an adapted model and its training images to trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+from pyra.adapters.adalora import RankAllocation
+from pyra.adapters.elastic import RateSampler
+from pyra.adapters.recipe import parameter_groups
+from pyra.backbones import set_rate
+from pyra.errors import ConfigError, TrainingError
+from pyra.tasks.fitting import checkpoints, processes
+from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
+from pyra.tasks.fitting.averaging import MovingAverage
+from pyra.tasks.fitting.trainer import (
+    EpochScores,
+    ImageTrainer,
+    MovingRanks,
+    ProgressBar,
+    Sealing,
+    StepStart,
+    StopAfter,
+    evaluating,
+    scores_of,
+)
+from pyra.tasks.images import ImageDataset
+from pyra.tasks.options import RunOptions
+from pyra.tasks.probing import FeatureStore, frozen_features, probe_of
+from pyra.tasks.runs import DTYPES
+from pyra.tasks.scoring import score
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A split that is scored at the end of every epoch.
+
+    Attributes:
+        data: its images.
+        metric: of the task.
+        higher_is_better: its direction.
+        keep_best: end with the weights of the best epoch instead of the last one's.
+        patience: stop after so many epochs without a better score; None trains to the end.
+    """
+
+    data: ImageDataset
+    metric: str
+    higher_is_better: bool = True
+    keep_best: bool = False
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training leaves beside the weights.
+
+    Attributes:
+        seconds: wall-clock time of this call; a resumed training counts what it trained itself.
+        losses: step, epoch, loss and learning rate, every ten steps.
+        scores: epoch and score of every epoch of a :class:`Watch`.
+    """
+
+    seconds: float
+    losses: list[dict[str, float]]
+    scores: list[tuple[float, float]]
+
+
+def fit(
+    model: nn.Module,
+    data: ImageDataset,
+    options: RunOptions,
+    folder: Path,
+    device: torch.device,
+    *,
+    watch: Watch | None = None,
+    stop_after: float | None = None,
+    store: FeatureStore | None = None,
+) -> Fitted:
+    """Train the weights that require gradients, from the newest complete checkpoint in the folder if there is one.
+
+    A linear probe is trained on features that are computed once: its backbone stays as it is, and images are not
+    augmented. Every process of a distributed run calls this.
+
+    Args:
+        model: adapted.
+        data: training images.
+        options: of the run.
+        folder: checkpoints go into a folder of it.
+        device: to train on.
+        watch: a split to score at the end of every epoch.
+        stop_after: end after so many epochs, on the learning rates of all ``options.epochs``.
+        store: where features of a probe are kept for the next one.
+
+    Raises:
+        ConfigError: for options that do not fit the data, the model or the number of processes.
+        TrainingError: where the loss or a trained weight is NaN or infinite.
+    """
+    start = time.perf_counter()
+    saved = folder / checkpoints.FOLDER
+    processes.on_main(lambda: checkpoints.drop_incomplete(saved))
+    resumed = checkpoints.newest(saved)
+    trained, examples, watched = _what_is_trained(model, data, options, device, watch, store)
+    if options.gradient_checkpointing and trained is model:
+        _checkpoint_gradients(model)
+    arguments = training_arguments(options, saved, device, len(data))
+    groups = parameter_groups(
+        model,
+        options.lr,
+        options.lr if options.reactivation_lr is None else options.reactivation_lr,
+        head_lr=options.head_lr,
+        layer_decay=options.layer_decay,
+    )
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / options.accumulate)
+    steps = math.ceil(options.epochs * steps_an_epoch)
+    average = _accompany(trainer, trained, options, steps, len(data.class_names))
+    if watch is not None and watched is not None:
+        scores = EpochScores(
+            trainer,
+            trained,
+            lambda: _score(trained, watched, watch, options, device, average),
+            steps_an_epoch,
+            higher_is_better=watch.higher_is_better,
+            patience=watch.patience,
+            keep_best=watch.keep_best,
+        )
+        trainer.kept["best"] = scores
+        trainer.add_callback(scores)
+    if stop_after is not None:
+        trainer.add_callback(StopAfter(min(steps, max(1, round(stop_after * steps_an_epoch)))))
+    trainer.add_callback(ProgressBar(f"{options.label}: training"))
+    trainer.add_callback(Sealing(steps_an_epoch))  # last: the others have logged what belongs into the checkpoint
+    with tracking(options):
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if average is not None:
+        average.settle()
+    if watch is not None and watch.keep_best and scores.best:
+        checkpoints.put_back(trained, scores.best)
+    if options.elastic:
+        set_rate(model, options.rates()[-1])
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if broken:
+        raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
+    return Fitted(
+        time.perf_counter() - start,
+        [
+            {key: entry[key] for key in _LOGGED if key in entry}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        scores_of(trainer.state),
+    )
+
+
+_LOGGED = ("step", "epoch", "loss", "learning_rate")
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a training that is finished."""
+    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
+
+
+def training_arguments(options: RunOptions, folder: Path, device: torch.device, examples: int) -> TrainingArguments:
+    """Return what ``transformers.Trainer`` is told.
+
+    Args:
+        options: of the run.
+        folder: for checkpoints.
+        device: to train on.
+        examples: number of training examples.
+    """
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=processes.batch_of_each(options.batch_size, options.accumulate),
+        gradient_accumulation_steps=options.accumulate,
+        dataloader_drop_last=examples >= options.batch_size,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.01},
+        warmup_steps=0.1,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,  # the one being written, and the one before it
+        report_to=list(options.track) or "none",
+        run_name=options.output,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=device.type == "cpu",
+        bf16=options.dtype == "bfloat16",
+        fp16=options.dtype == "float16",
+        seed=options.seed,
+        dataloader_pin_memory=device.type != "cpu",
+        ddp_find_unused_parameters=True,  # a layer that removes nothing at a rate leaves its re-activation unused
+    )
+
+
+def _what_is_trained(
+    model: nn.Module,
+    data: ImageDataset,
+    options: RunOptions,
+    device: torch.device,
+    watch: Watch | None,
+    store: FeatureStore | None,
+) -> tuple[nn.Module, Dataset[dict[str, Any]], Dataset[dict[str, Any]] | None]:
+    """Return the module that is trained, its examples, and those that are watched: a probe has features."""
+    watched = None if watch is None else watch.data
+    head = probe_of(model) if options.method == "linear" else None
+    if head is None:
+        examples: Dataset[dict[str, Any]] = data
+        if options.randaugment is not None:
+            examples = AugmentedImages(data, options.randaugment, options.seed)
+        return model, examples, watched
+
+    def features(images: ImageDataset) -> Dataset[dict[str, Any]]:
+        compute = frozen_features if store is None else store.features
+        return compute(model, images, batch_size=options.batch_size, device=device, dtype=DTYPES[options.dtype])
+
+    return head, features(data), None if watched is None else features(watched)
+
+
+def _accompany(
+    trainer: ImageTrainer, trained: nn.Module, options: RunOptions, steps: int, classes: int
+) -> MovingAverage | None:
+    """Give the trainer what the options ask for beside the plain loss; returns the moving average, if any."""
+    trainer.add_callback(StepStart(trainer))
+    trainer.smoothing = options.smoothing
+    if options.mixup or options.cutmix:
+        trainer.mixing = Mixing(options.mixup, options.cutmix, options.smoothing, classes, options.seed)
+    if options.elastic:
+        trainer.sampler, trainer.distill = RateSampler(options.rates(), seed=options.seed), options.distill
+    trainer.ranks = RankAllocation.of(trained, steps)
+    if trainer.ranks is not None:
+        trainer.kept["ranks"] = trainer.ranks
+        trainer.add_callback(MovingRanks(trainer.ranks))
+    if options.ema is None:
+        return None
+    average = MovingAverage(trained, options.ema)
+    trainer.kept["average"] = average
+    trainer.add_callback(average)
+    return average
+
+
+def _score(
+    trained: nn.Module,
+    examples: Dataset[dict[str, Any]],
+    watch: Watch,
+    options: RunOptions,
+    device: torch.device,
+    average: MovingAverage | None,
+) -> float:
+    with ExitStack() as stack:
+        evaluating(stack, trained)
+        if average is not None:
+            stack.enter_context(average.in_place())
+        if options.elastic:
+            set_rate(trained, options.rates()[-1])
+        return score(
+            trained,
+            examples,
+            metric=watch.metric,
+            batch_size=options.batch_size,
+            device=device,
+            dtype=DTYPES[options.dtype],
+            description=f"{options.label}: scoring",
+        )
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    switch: Callable[[], None] | None = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError("--gradient-checkpointing: this backbone has no switch for it")
+    switch()
+
+
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigError` for trackers that are not installed."""
+    missing = [name for name in names if importlib.util.find_spec(_TRACKERS[name]) is None]
+    if missing:
+        raise ConfigError(f"--track {','.join(missing)}: not installed; pip install {' '.join(missing)}")
+
+
+@contextmanager
+def tracking(options: RunOptions) -> Iterator[None]:
+    """Let TensorBoard write into a folder ``logs`` beside the run, where nothing else says otherwise."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if "tensorboard" not in options.track or name in os.environ:
+        yield
+        return
+    os.environ[name] = str(Path(options.output).expanduser() / "logs")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(KeyError):
+            del os.environ[name]

@@ -1,0 +1,93 @@
+"""Finds the results below folders."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pyra.errors import DataError, PyraError
+from pyra.tasks.results import RESULT_FILE, RunResult, read_result_file
+
+EVALUATIONS = "evaluation*.json"
+_PARTIAL = ".partial-"  # of an output that is being written
+_LARGEST = 2**24  # bytes; a result has a few thousand
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row and the file it stands in."""
+
+    file: Path
+    row: RunResult
+
+    @property
+    def date(self) -> datetime.datetime:
+        """When it was measured; long ago where that is not known."""
+        try:
+            found = datetime.datetime.fromisoformat(str(self.row.environment.get("date")))
+        except ValueError:
+            return datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+
+
+@dataclass
+class Collection:
+    """What was found, and the files that hold no result, each with the reason."""
+
+    found: list[Found] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False) -> Collection:
+    """Read every ``result.json`` below the folders, at any depth; each file once, in order of path.
+
+    Links inside the folders are not followed, and outputs that are being written are left out.
+
+    Args:
+        folders: to look in; a file counts by itself.
+        evaluations: read what ``pyra evaluate`` wrote, too.
+
+    Raises:
+        DataError: a folder that is not there (all of them).
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"{', '.join(missing)}: no such folder; give one that `pyra train --output` wrote to")
+    collection = Collection()
+    seen: set[Path] = set()
+    for path in paths:
+        for file in _files(path, evaluations):
+            real = file.resolve()
+            if real not in seen:
+                seen.add(real)
+                _read(file, collection)
+    return collection
+
+
+def _files(path: Path, evaluations: bool) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    for home, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith(_PARTIAL))
+        for name in sorted(names):
+            if name == RESULT_FILE or (evaluations and fnmatch(name, EVALUATIONS)):
+                file = Path(home, name)
+                if stat.S_ISREG(file.lstat().st_mode):  # a pipe would wait for ever
+                    yield file
+
+
+def _read(file: Path, collection: Collection) -> None:
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise DataError(f"{file} is too large for a result")
+        collection.found.append(Found(file, read_result_file(file)))
+    except (PyraError, OSError) as error:
+        reason = " ".join(str(error).removeprefix(str(file)).lstrip(": ").split())
+        collection.skipped.append((file, reason if len(reason) <= 120 else f"{reason[:119]}…"))

@@ -1,0 +1,97 @@
+"""What ``--resume`` finds in the folder of a run: a finished one, an interrupted one, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyra.errors import DataError, OutputError
+from pyra.files import read_json
+from pyra.tasks.data import Task
+from pyra.tasks.fitting import processes
+from pyra.tasks.options import RunOptions
+from pyra.tasks.output import Kind, put_right, staged_output, unfinished
+from pyra.tasks.results import RESULT_FILE, RunResult, read_result
+from pyra.tasks.runs import DATA, OPTIONS, data_record, stored_options
+
+_FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_steps"})
+"""Options that may differ between the parts of a run."""
+
+
+def finished(options: RunOptions) -> RunResult | None:
+    """Return the result of a run with these options that is complete, or None."""
+    return read_result(options.output) if is_finished(options, "run", RESULT_FILE) else None
+
+
+def is_finished(options: RunOptions, kind: Kind, file: str) -> bool:
+    """Whether the output folder holds the last file of a complete run with these options."""
+    folder = Path(options.output).expanduser()
+    if folder.is_dir():
+        put_right(folder, kind)
+    return (folder / file).is_file() and _differing(folder, options) == []
+
+
+@contextmanager
+def shared_output(options: RunOptions, task: Task, kind: Kind = "run") -> Iterator[Path]:
+    """The folder of a run while it is written: the main process opens and ends it, every process knows it.
+
+    Raises:
+        OutputError: as of :func:`pyra.tasks.output.staged_output`.
+        OutputError, DataError: as of :func:`interrupted`.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> Path:
+            resumed = interrupted(options, task, kind) if options.resume else None
+            return stack.enter_context(staged_output(options.output, kind, options.overwrite, resumed))
+
+        folder = processes.on_main(enter)
+        yield folder
+        processes.wait()
+        processes.on_main(stack.close)
+
+
+def interrupted(options: RunOptions, task: Task, kind: Kind = "run") -> Path | None:
+    """Return the newest interrupted run of the output folder to go on with, or None where there is none.
+
+    Raises:
+        OutputError: where the ones that are there have other options.
+        DataError: where the task's data is not what the run began with.
+    """
+    found = unfinished(options.output, kind)
+    differing = {entry: _differing(entry, options) for entry in found}
+    fitting = [entry for entry, names in differing.items() if names == []]
+    if fitting:
+        if _read(fitting[0] / DATA) != data_record(task):
+            raise DataError(f"{fitting[0]} was begun on other data of {task.name}: start again, without --resume")
+        return fitting[0]
+    readable = {entry: names for entry, names in differing.items() if names is not None}
+    if readable:
+        entry, names = next(iter(readable.items()))
+        flags = ", ".join("--" + name.replace("_", "-") for name in names)
+        raise OutputError(
+            f"{entry} was begun with other options ({flags}): give the same, or start again without --resume"
+        )
+    return None
+
+
+def _differing(folder: Path, options: RunOptions) -> list[str] | None:
+    """Name the options in which a folder differs, or None where it says nothing."""
+    stored = _read(folder / OPTIONS)
+    if not isinstance(stored, dict):
+        return None
+    own = stored_options(options)
+    return sorted(name for name in {*stored, *own} - _FREE if stored.get(name) != _plain(own.get(name)))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
