@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import option
 from pyra.scripts.cli import parse
+
+if TYPE_CHECKING:
+    from pyra.tasks.validation import Checked
 
 
 @dataclass(kw_only=True)
@@ -24,8 +27,13 @@ class ListOptions:
 class ValidateOptions:
     """Options of ``pyra tasks validate``."""
 
-    name: str = option("demo", "a task or a suite")
+    name: str | None = option(None, "a task or a suite; demo by default")
     root: str | None = option(None, "folder with the data of tasks that bring none (PYRA_DATA by default)")
+    data: str | None = option(
+        None, "instead of a task: your folder of images or parquet file, or owner/name on the hub"
+    )
+    image_column: str | None = option(None, "column of --data with the images, where type and name do not tell")
+    label_column: str | None = option(None, "column of --data with the labels, the same")
     decode: bool = option(True, "decode every image, too")
 
 
@@ -102,32 +110,61 @@ def _validate(arguments: Sequence[str]) -> int:
         ValidateOptions,
         arguments,
         prog="pyra tasks validate",
-        description="Check that the data of a task, or of every task of a suite, is there and is what its card says.",
-        example="pyra tasks validate vtab-1k --root data/",
+        description=(
+            "Check that the data of a task, or of every task of a suite, is there and is what its card says; or that\n"
+            "data of your own can be trained on. The exit status is 2 where it is not."
+        ),
+        example="pyra tasks validate vtab-1k --root data/\n  pyra tasks validate --data photos/",
         positional="name",
     )
+    if options.data is not None and options.name is not None:
+        raise ConfigError(f"give NAME ({options.name}) or --data ({options.data}), not both")
+    if options.data is None and (options.image_column or options.label_column):
+        raise ConfigError("--image-column and --label-column go with --data")
     from tabulate import tabulate
     from tqdm import tqdm
 
     from pyra.tasks.cards import load_card, suite_cards, suite_folders
+    from pyra.tasks.columns import Columns
     from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.validation import validate
+    from pyra.tasks.validation import validate, validate_data
 
     quiet_libraries()
-    suite = options.name in suite_folders()
-    cards = suite_cards(options.name) if suite else [load_card(options.name)[0]]
     root = options.root or os.environ.get("PYRA_DATA")
-    found = [validate(card.name, root, options.decode) for card in tqdm(cards, unit="task", disable=None, leave=False)]
+    if options.data is not None:
+        found = [validate_data(options.data, Columns(options.image_column, options.label_column), options.decode)]
+    else:
+        name = options.name or "demo"
+        cards = suite_cards(name) if name in suite_folders() else [load_card(name)[0]]
+        bar = tqdm(cards, unit="task", disable=None, leave=False)
+        found = [validate(card.name, root, options.decode) for card in bar]
     rows = [
         {
             "task": checked.task,
-            "data": "ok" if checked.error is None else "ERROR",
+            "data": "missing" if checked.missing else "ERROR" if checked.problems else "ok",
             "images": " ".join(f"{name}:{count}" for name, count in checked.images.items()),
-            "notes": checked.error or "; ".join(checked.notes),
+            "notes": "; ".join(checked.notes),
         }
         for checked in found
     ]
     print(tabulate(rows, headers="keys", maxcolwidths=[None, None, None, 90]))
-    wrong = [checked for checked in found if checked.error is not None]
+    wrong = [checked for checked in found if checked.problems]
+    for text in _told(wrong, root):
+        print(f"\n{text}")
     print(f"\n{len(found) - len(wrong)} of {len(found)} tasks can be used" + (" as they are" if not wrong else ""))
     return 2 if wrong else 0
+
+
+def _told(wrong: Sequence[Checked], root: str | None) -> list[str]:
+    """Return a message for each task, and a single one for all those of a suite that are not there."""
+    missing = [checked.task for checked in wrong if checked.missing]
+    alone = [checked for checked in wrong if not checked.missing or len(missing) == 1]
+    told = [f"{checked.task}: {checked.error}" for checked in alone]
+    if len(missing) > 1:
+        where = f"below {root}" if root else "without --root FOLDER"
+        told.append(
+            f"{len(missing)} tasks have no data {where}: {', '.join(missing)}; each needs FOLDER/TASK/ with "
+            "train800.txt, val200.txt, test.txt and the images they list, or those as parquet files "
+            "('pyra tasks prepare' writes them; 'pyra tasks validate TASK' says more)"
+        )
+    return told

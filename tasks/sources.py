@@ -12,18 +12,22 @@ import pyarrow as pa
 from pyra.errors import DataError
 from pyra.tasks import sprites
 from pyra.tasks.cards import TaskCard
-from pyra.tasks.columns import Columns
+from pyra.tasks.columns import Columns, shorten
 from pyra.tasks.draws import stratified
 from pyra.tasks.folders import Splits, read_splits
 from pyra.tasks.hub import HubError, HubId, read_hub
 from pyra.tasks.manifest import FILE as MANIFEST
 from pyra.tasks.manifest import check_prepared
-from pyra.tasks.rows import IMAGE, Rows, read_image_list, to_dataset
+from pyra.tasks.rows import IMAGE, ListError, Rows, read_image_list, to_dataset
 
 TUNING = ("train800", "val200")
 PARTS = {"train800": 800, "val200": 200}
 DRAW_SEED = 0
 _SPRITES_SEED = 1000
+
+
+class MissingData(DataError):
+    """A task that does not bring its data, where none was found; the message says what would serve."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def load_splits(card: TaskCard, home: Path, root: str | Path | None) -> Source:
             task that has its data on the hub is fetched.
 
     Raises:
-        DataError: where the data is not there, or is not what the card says.
+        MissingData: where the data is not there.
+        DataError: where it is not what the card says.
     """
     if card.kind == "sprites":
         if root is not None and (Path(root).expanduser() / card.name / MANIFEST).is_file():
@@ -58,7 +63,7 @@ def load_splits(card: TaskCard, home: Path, root: str | Path | None) -> Source:
             try:
                 return from_hub(card)
             except HubError as error:
-                raise DataError(f"{error}; for a local copy give --root FOLDER, which holds {layout(card)}") from None
+                raise MissingData(f"{error}; for a local copy give --root FOLDER, which holds {layout(card)}") from None
         return listed(card, _below(card, root))
     splits, _ = read_splits({split: [home / file] for split, file in card.files.items()}, home)
     return Source(splits, "with the package")
@@ -113,11 +118,11 @@ def check_classes(card: TaskCard, splits: Splits, where: str) -> None:
 
 def _below(card: TaskCard, root: str | Path | None) -> Path:
     if root is None:
-        raise DataError(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout(card)}")
+        raise MissingData(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout(card)}")
     folder = Path(root).expanduser() / card.folder
     if not folder.is_dir():
         hub = f"; without --root (and PYRA_DATA) it is fetched from the hub, {card.hub}" if card.hub else ""
-        raise DataError(f"{folder} is not there: --root must hold {layout(card)}{hub}")
+        raise MissingData(f"{folder} is not there: --root must hold {layout(card)}{hub}")
     return folder
 
 
@@ -155,13 +160,18 @@ def _listed(card: TaskCard, folder: Path) -> dict[str, datasets.Dataset]:
         check_classes(card, splits, str(folder))
         return dict(splits)
     classes = [str(label) for label in range(card.classes)]
-    made, problems = {}, []
+    made, problems, seen = {}, [], set[str]()
     for name, file in files.items():
         try:
-            made[name] = to_dataset([read_image_list(file, card.classes)], classes)
+            rows = read_image_list(file, card.classes)
+            made[name] = to_dataset([rows], classes)
+            seen |= set(rows.labels)
         except DataError as error:
             problems.append(str(error))
+            seen |= error.labels if isinstance(error, ListError) else set()
     if problems:
+        if empty := [label for label in classes if label not in seen]:
+            problems.append(f"no list has an image of class {shorten(empty)}")
         raise DataError("; ".join(problems))
     return made
 
