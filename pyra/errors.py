@@ -42,6 +42,10 @@ class OutputError(PyraError, FileExistsError):
     """An output folder that would be overwritten."""
 
 
+class OtherProcessError(PyraError):
+    """The main process of a distributed run failed; it says why."""
+
+
 class KernelError(PyraError, RuntimeError):
     """An implementation of the kernels that was asked for and cannot run here, with the reason."""
 

@@ -35,11 +35,12 @@ def parse(
     description: str,
     example: str,
     positional: str | None = None,
+    presets: Path | None = None,
 ) -> Options:
     """Return an ``options_class`` made of its defaults, then ``--config file.yaml``, then the flags in ``argv``.
 
-    ``positional`` names the one field that is given without a flag. ``--help`` and ``--print-config`` print and exit
-    with status 0.
+    ``positional`` names the one field that is given without a flag, ``presets`` a folder of YAML files that
+    ``--config`` takes by name. ``--help`` and ``--print-config`` print and exit with status 0.
 
     Raises:
         ConfigError: unknown flags or keys, values of the wrong type, missing values; all of them in one message.
@@ -51,7 +52,8 @@ def parse(
     Sizes(image_size=112)
     """
     fields = {field.name: field for field in _fields(options_class)}
-    parser = _build(fields.values(), prog=prog, description=description, example=example, positional=positional)
+    told = {"prog": prog, "description": description, "example": example}
+    parser = _build(fields.values(), **told, positional=positional, presets=presets)
     given, rest = parser.parse_known_args(_normalise(sys.argv[1:] if argv is None else argv, fields.values()))
     flags = vars(given)
     if positional is not None and fields[positional].repeated:
@@ -65,6 +67,7 @@ def parse(
 
     problems: list[str] = []
     values: dict[str, Any] = {}
+    config = config and _preset(config, presets)
     raw = {name: (value, config) for name, value in _read_yaml(config, fields).items()} if config else {}
     raw |= {name: (value, None) for name, value in flags.items()}
     for name, (value, source) in raw.items():
@@ -209,7 +212,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build(
-    fields: typing.Iterable[_Field], *, prog: str, description: str, example: str, positional: str | None
+    fields: typing.Iterable[_Field],
+    *,
+    prog: str,
+    description: str,
+    example: str,
+    positional: str | None,
+    presets: Path | None,
 ) -> _Parser:
     parser = _Parser(
         prog=prog,
@@ -229,7 +238,8 @@ def _build(
             parser.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(_flag(field.name), metavar=metavar, help=text)
-    parser.add_argument("--config", metavar="FILE", help="read options from a YAML file; flags win over it")
+    read = "read options from a YAML file" + (" or a preset by name" if presets else "")
+    parser.add_argument("--config", metavar="FILE", help=f"{read}; flags win over it")
     parser.add_argument("--print-config", action="store_true", help="print the resulting options as YAML and exit")
     return parser
 
@@ -271,6 +281,18 @@ def _unknown(rest: Sequence[str], fields: typing.Iterable[str]) -> str:
         listed = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in names)
         return f"unknown flag{'s' if len(names) > 1 else ''} {listed}"
     return f"unexpected argument{'s' if len(rest) > 1 else ''} {', '.join(map(repr, rest))}"
+
+
+def _preset(config: str, presets: Path | None) -> str:
+    """Return the file of a preset, or the file that was given: what lies in the folder comes first."""
+    if presets is None or Path(config).name != config or Path(config).is_file():
+        return config
+    shipped = {file.stem: str(file) for file in sorted(presets.glob("*.yaml"))}
+    if config not in shipped and not Path(config).suffix:
+        raise ConfigError(
+            f"--config {config} is no file and no preset{did_you_mean(config, shipped)}; presets: {', '.join(shipped)}"
+        )
+    return shipped.get(config, config)
 
 
 def _read_yaml(file: str, fields: typing.Iterable[str]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
-from pyra.errors import ConfigError, PyraError, did_you_mean
+from pyra.errors import ConfigError, OtherProcessError, PyraError, did_you_mean
 
 VERBS = {
     "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
@@ -39,12 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # when torch loads.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    alone = os.environ.get("RANK", "0") == "0"
+    if not alone:  # one of several processes that share a run: the first one tells
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if "RANK" in os.environ:  # torch's remarks on how parameters are shared, which nobody at the keyboard can change
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with contextlib.suppress(ValueError):  # only the main thread may; an interrupted output is then cleaned up
         signal.signal(signal.SIGTERM, _terminate)
     try:
         return _dispatch(arguments)
     except PyraError as error:
-        print(f"pyra: error: {error}", file=sys.stderr)
+        if not alone and isinstance(error, (ConfigError, OtherProcessError)):
+            time.sleep(10)  # the first process says the same, unless a launcher ends it because this one has ended
+        else:
+            print(f"pyra: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `pyra tasks ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
     from pyra.tasks.options import METHODS
+    from pyra.tasks.presets import FOLDER
     from pyra.tasks.protocols.options import PROTOCOLS, ExperimentOptions
 
     listed = "\n".join(f"  {name:<17}{text}" for name, text in METHODS.items())
     protocols = "\n".join(f"  {name:<17}{text}" for name, text in PROTOCOLS.items())
+    presets = "\n".join(f"  {file.stem}" for file in sorted(FOLDER.glob("*.yaml")))
     options = parse(
         ExperimentOptions,
         argv,
@@ -26,17 +29,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=(
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
             f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed}\n\n"
-            f"protocols:\n{protocols}"
+            f"protocols:\n{protocols}\n\n"
+            f"presets, the published recipe by name (--config NAME):\n{presets}"
         ),
         example=(
             "pyra train --task demo --method pyra --rate 0.7 --output runs/a\n"
-            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3"
+            "  pyra train --task demo --method pyra --rate 0.7 --protocol validation --tune lr=1e-3:4e-3\n"
+            "  pyra train --config paper-high --task cifar100 --root vtab-1k --protocol published --seeds 3"
         ),
+        presets=FOLDER,
     )
     from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
+    if processes.launched_alone():
+        print(
+            "note: the launcher started one process; for several on the CPU: "
+            "torchrun --nproc_per_node 2 -m pyra.scripts.train ...",
+            file=sys.stderr,
+        )
     try:
         return _single(options) if options.is_single() else _several(options)
     finally:
@@ -82,8 +94,6 @@ def _several(options: ExperimentOptions) -> int:
 
 
 if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
-    import sys
-
     from pyra.scripts.main import main as pyra
 
     sys.exit(pyra(["train", *sys.argv[1:]]))

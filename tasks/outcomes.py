@@ -49,7 +49,8 @@ def outcomes(
         DataError: where the folder holds the outcomes of other options or rates.
     """
     folder = Path(options.output)
-    settings = {**asdict(options), "rates": list(rates)}
+    as_stored = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()}
+    settings = {**as_stored, "rates": list(rates)}
     if (folder / FILE).is_file():
         stored = read_json(folder / FILE)
         if stored["settings"] != settings:

@@ -13,13 +13,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from pyra.errors import ConfigError, PyraError
+from pyra.errors import ConfigError, OtherProcessError
 
 Value = TypeVar("Value")
-
-
-class OtherProcessError(PyraError):
-    """The main process failed; it says why."""
 
 
 def count() -> int:
@@ -35,6 +31,14 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process writes and prints."""
     return rank() == 0
+
+
+def launched_alone() -> bool:
+    """Whether a launcher was asked for several processes and started one.
+
+    ``accelerate launch --cpu`` does so without MPI: it names the address to meet at, but nobody else comes.
+    """
+    return "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def join(device: torch.device) -> None:

@@ -1,0 +1,99 @@
+"""A run that two processes share is the run of one: the same losses, weights and answers; written and said once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SETTINGS = ("--limit", "39", "--epochs", "4", "--batch-size", "8", "--dropout", "0", "--drop-path", "0",
+            "--device", "cpu", "--method", "pyra", "--rate", "0.5", "--lr", "1e-2")  # fmt: skip
+
+
+def command(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``pyra train`` in so many processes, as a user starts them."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    return subprocess.run(
+        [*start, "pyra.scripts.train", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=240,
+    )
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "adapter").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
+    """Folder and output of the same run in one process and in two."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    for processes in (1, 2):
+        output = folder / str(processes)
+        done = command(processes, *SETTINGS, "--backbone", str(tiny_backbone), "--output", str(output))
+        assert done.returncode == 0, done.stderr
+        found[processes] = output, done.stdout + done.stderr
+    return found
+
+
+def test_losses_and_weights(runs: dict[int, tuple[Path, str]]) -> None:
+    (one, _), (two, _) = runs[1], runs[2]
+    alone, together = read(one, "training.json")["losses"], read(two, "training.json")["losses"]
+    assert [entry["step"] for entry in together] == [entry["step"] for entry in alone] == [1, 10]
+    assert [entry["loss"] for entry in together] == pytest.approx([entry["loss"] for entry in alone], rel=1e-5)
+    assert alone[1]["loss"] != pytest.approx(alone[0]["loss"], rel=1e-3)
+    expected = weights(one)
+    for name, tensor in weights(two).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_every_test_image_is_answered_once(runs: dict[int, tuple[Path, str]]) -> None:
+    """39 images: the last turn of two processes has one to spare."""
+    (one, _), (two, _) = runs[1], runs[2]
+    answers = read(two, "predictions.json")
+    assert len(answers["predictions"]) == 39
+    assert answers == read(one, "predictions.json")
+    assert read(two, "result.json")["value"] == read(one, "result.json")["value"]
+
+
+def test_one_table_and_one_bar(runs: dict[int, tuple[Path, str]]) -> None:
+    for _, said in runs.values():
+        assert said.count("saved to") == 1
+        assert said.count("training:   0%") == 1
+        assert "Warning" not in said
+
+
+def test_a_batch_that_cannot_be_shared(tiny_backbone: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = command(2, *SETTINGS, "--batch-size", "9", "--backbone", str(tiny_backbone), "--output", str(output))
+    assert done.returncode != 0
+    said = "pyra: error: --batch-size 9 cannot be shared by 2 processes: give a multiple of 2"
+    assert done.stderr.count(said) == 1
+    assert not output.exists()
+
+
+def test_a_launcher_that_starts_one_process_is_told(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m",
+         "pyra.scripts.train", "--method", "linear", "--backbone", "none", "--output", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=240,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert "the launcher started one process" in done.stderr
+    assert "none" in done.stderr.split("pyra: error: ")[1]
