@@ -206,8 +206,8 @@ def _input(arguments: Sequence[str]) -> int:
         arguments,
         prog="pyra benchmark input",
         description=(
-            "Time training steps on images as they come from the data set, against the same steps on batches that lie\n"
-            "in memory, in turns ('/ in-memory share': times as long)."
+            "Time training steps on images as they come from the data set, with and without RandAugment, against the\n"
+            "same steps on batches that lie in memory, in turns ('/ in-memory share': times as long)."
         ),
         example="pyra benchmark input --backbones demo,vit_small_patch16_224",
     )

@@ -16,7 +16,8 @@ def test_rows_of_the_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert benchmark.main(f"input --backbones demo --batch-size 2 --rounds 3 --output {output}".split()) == 0
     assert "in-memory share" in capsys.readouterr().out
     rows = json.loads(output.read_text())["rows"]
-    assert [row["measured"] for row in rows] == ["training step, lora", "training step, pyra, high"]
+    assert [row["measured"] for row in rows] == ["training step, lora"] * 2 + ["training step, pyra, high"] * 2
+    assert [row["implementation"] for row in rows] == ["pipeline", "pipeline, RandAugment"] * 2
     for row in rows:
         share = row["ratios"]["in-memory share"]
         assert row["backbone"] == "demo" and row["goal"] == 1.05 and row["reached"] is (share <= 1.05)
