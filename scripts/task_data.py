@@ -60,6 +60,7 @@ def prepare(arguments: Sequence[str]) -> int:
     from pyra.tasks.columns import Columns
     from pyra.tasks.preparation import Prepared, prepare
     from pyra.tasks.quiet import quiet_libraries
+    from pyra.tasks.sources import MissingData
 
     quiet_libraries()
     suites = suite_folders()
@@ -68,6 +69,7 @@ def prepare(arguments: Sequence[str]) -> int:
     names = [card.name for card in suite_cards(options.name)] if options.name in suites else [options.name]
     root = options.root or os.environ.get("PYRA_DATA")
     rows: list[dict[str, Any]] = []
+    failed: list[tuple[str, str, bool]] = []
     for name in names:
         card, home = load_card(name)
         with tqdm(desc=name, unit="image", disable=None, leave=False) as bar:
@@ -89,18 +91,40 @@ def prepare(arguments: Sequence[str]) -> int:
             except (DataError, OutputError) as error:
                 if len(names) == 1:
                     raise
-                done = Prepared(name, error=str(error))
+                done = Prepared(name, error=str(error), missing=isinstance(error, MissingData))
+                failed.append((name, str(error), done.missing))
         images = " ".join(f"{split}:{count}" for split, count in done.images.items())
-        state = "ERROR" if done.error else "there before" if len(done.there) == len(done.images) else "written"
-        rows.append(
-            {"task": name, "data": state, "images": images, "draw": done.draw, "from": done.error or done.source}
-        )
+        state = "there before" if len(done.there) == len(done.images) else "written"
+        if done.error:
+            state = "missing" if done.missing else "ERROR"
+        rows.append({"task": name, "data": state, "images": images, "draw": done.draw, "from": done.source})
     print(tabulate(rows, headers="keys", maxcolwidths=[None, None, None, None, 80]))
-    ready = [row for row in rows if row["data"] != "ERROR"]
-    print(f"\n{len(ready)} of {len(rows)} tasks are in {options.output}")
+    for text in messages(failed, root, "'pyra tasks prepare TASK' says more"):
+        print(f"\n{text}")
+    ready = len(rows) - len(failed)
+    print(f"\n{ready} of {len(rows)} tasks are in {options.output}")
     if ready:
         print(f"next: pyra tasks validate {options.name} --root {options.output}")
-    return 0 if len(ready) == len(rows) else 2
+    return 2 if failed else 0
+
+
+def messages(failed: Sequence[tuple[str, str, bool]], root: str | None, more: str) -> list[str]:
+    """Return a message for each task that failed, and a single one for all tasks of a suite that have no data.
+
+    Args:
+        failed: name of a task, what is wrong, and whether there is no data at all.
+        root: where it was looked for.
+        more: how to hear more of a task.
+    """
+    missing = [task for task, _, nothing in failed if nothing]
+    told = [f"{task}: {error}" for task, error, nothing in failed if not nothing or len(missing) == 1]
+    if len(missing) > 1:
+        told.append(
+            f"{len(missing)} tasks have no data {f'below {root}' if root else 'without --root FOLDER'}: "
+            f"{', '.join(missing)}; each needs FOLDER/TASK/ with train800.txt, val200.txt, test.txt and the images "
+            f"they list, or those as parquet files ({more})"
+        )
+    return told
 
 
 def cache(arguments: Sequence[str]) -> int:

@@ -6,14 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import option
 from pyra.scripts.cli import parse
-
-if TYPE_CHECKING:
-    from pyra.tasks.validation import Checked
+from pyra.scripts.task_data import cache, messages, prepare
 
 
 @dataclass(kw_only=True)
@@ -54,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "ls"
     if verb not in VERBS:
         raise ConfigError(f"pyra tasks has no verb {verb!r}{did_you_mean(verb, VERBS)}; it has {', '.join(VERBS)}")
-    if verb in ("prepare", "cache"):
-        from pyra.scripts import task_data
-
-        return task_data.prepare(arguments) if verb == "prepare" else task_data.cache(arguments)
-    return _list(arguments) if verb == "ls" else _validate(arguments)
+    return {"ls": _list, "validate": _validate, "prepare": prepare, "cache": cache}[verb](arguments)
 
 
 def _usage() -> str:
@@ -149,22 +143,8 @@ def _validate(arguments: Sequence[str]) -> int:
     ]
     print(tabulate(rows, headers="keys", maxcolwidths=[None, None, None, 90]))
     wrong = [checked for checked in found if checked.problems]
-    for text in _told(wrong, root):
+    failed = [(checked.task, str(checked.error), checked.missing) for checked in wrong]
+    for text in messages(failed, root, "'pyra tasks prepare' writes them, 'pyra tasks validate TASK' says more"):
         print(f"\n{text}")
     print(f"\n{len(found) - len(wrong)} of {len(found)} tasks can be used" + (" as they are" if not wrong else ""))
     return 2 if wrong else 0
-
-
-def _told(wrong: Sequence[Checked], root: str | None) -> list[str]:
-    """Return a message for each task, and a single one for all those of a suite that are not there."""
-    missing = [checked.task for checked in wrong if checked.missing]
-    alone = [checked for checked in wrong if not checked.missing or len(missing) == 1]
-    told = [f"{checked.task}: {checked.error}" for checked in alone]
-    if len(missing) > 1:
-        where = f"below {root}" if root else "without --root FOLDER"
-        told.append(
-            f"{len(missing)} tasks have no data {where}: {', '.join(missing)}; each needs FOLDER/TASK/ with "
-            "train800.txt, val200.txt, test.txt and the images they list, or those as parquet files "
-            "('pyra tasks prepare' writes them; 'pyra tasks validate TASK' says more)"
-        )
-    return told

@@ -26,7 +26,7 @@ from pyra.tasks.data import load_task
 from pyra.tasks.decoding import split_digest, stored_bytes
 from pyra.tasks.manifest import Manifest, SplitRecord, check_prepared
 from pyra.tasks.rows import read_parquet, to_dataset
-from pyra.tasks.sources import TUNING, Source, check_classes, in_parts, listed, load_splits
+from pyra.tasks.sources import TUNING, MissingData, Source, check_classes, in_parts, listed, load_splits
 
 SPLITS = (*TUNING, "test")
 _BATCH = 256  # images in memory at once, and in a row group
@@ -42,6 +42,7 @@ class Prepared:
     images: dict[str, int] = field(default_factory=dict)
     there: list[str] = field(default_factory=list)
     error: str | None = None
+    missing: bool = False  # no source was reachable
 
 
 def prepare(
@@ -67,7 +68,8 @@ def prepare(
         advance: called with the images written, and of how many.
 
     Raises:
-        DataError: where no source is reachable, or it is not what the card says.
+        MissingData: where no source is reachable.
+        DataError: where it is not what the card says.
         OutputError: where the folder holds something else, or cannot be written.
     """
     if card.kind == "parquet":
@@ -122,10 +124,8 @@ def _found(card: TaskCard, home: Path, source: str | None, root: str | None, col
         below = root is not None and (Path(root).expanduser() / (card.folder or card.name)).is_dir()
         try:
             return load_splits(card, home, root if below else None)
-        except DataError as error:
-            if below:
-                raise
-            raise DataError(f"{error}; or --source, with images of the same classes") from None
+        except MissingData as error:
+            raise MissingData(f"{error}; or --source, with images of the same classes") from None
     folder = Path(source).expanduser()
     if any((folder / f"train800{suffix}").is_file() for suffix in (".txt", ".parquet")):
         return listed(card, folder)

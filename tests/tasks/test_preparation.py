@@ -262,7 +262,13 @@ def test_a_suite_goes_on_after_a_task_that_has_no_source(
     monkeypatch.setattr("pyra.tasks.cards.suite_cards", lambda _: cards)
     assert tasks.main(["prepare", "vtab-1k", "--root", str(tmp_path / "a"), "--output", str(tmp_path / "b")]) == 2
     said = capsys.readouterr().out
-    assert "1 of 3 tasks are in" in said and said.count("ERROR") == 2 and (tmp_path / "b" / "kitti" / FILE).is_file()
+    assert "1 of 3 tasks are in" in said and (tmp_path / "b" / "kitti" / FILE).is_file()
+    assert f"2 tasks have no data below {tmp_path / 'a'}: svhn, dtd; each needs FOLDER/TASK/" in said
+    (tmp_path / "a" / "dtd").mkdir()
+    assert tasks.main(["prepare", "vtab-1k", "--root", str(tmp_path / "a"), "--output", str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().out
+    assert f"dtd: {tmp_path / 'a' / 'dtd'} has neither train800.txt nor" in said and said.count("ERROR") == 1
+    assert "svhn: ufldl-stanford/svhn:cropped_digits cannot be fetched" in said and "or --source, with images" in said
 
 
 @pytest.mark.parametrize(
