@@ -211,11 +211,6 @@ class RunOptions:
         changed = [name for name in ("mixup", "cutmix", "randaugment") if getattr(self, name)]
         if changed and self.method == "linear":
             problems.append(f"--{changed[0]}: a linear probe trains on stored features, its images stay as they are")
-        if (self.mixup or self.cutmix) and self.accumulate > 0 and (self.batch_size // self.accumulate) % 2:
-            problems.append(
-                f"--mixup and --cutmix mix images in pairs: --batch-size {self.batch_size} in {self.accumulate} "
-                f"part{'s' * (self.accumulate > 1)} is odd"
-            )
         if self.gradient_checkpointing and self.method == "linear":
             problems.append("--gradient-checkpointing: a linear probe has no backward pass through its backbone")
         return problems

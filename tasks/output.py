@@ -41,7 +41,7 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "evaluation*.json",
         "export",
     ),
-    "trial": ("options.json", "data.json", "trial.json"),
+    "trial": ("options.json", "data.json", "trial.json", "logs"),
     "experiment": ("experiment.json", "selection.json", "summary.md", "trials", "linear", "seed-*"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),

@@ -208,6 +208,11 @@ def _read_json(folder: Path, name: str) -> Any:
     try:
         return read_json(folder / name)
     except FileNotFoundError:
+        if (folder / "experiment.json").is_file():
+            runs = sorted(entry.name for entry in folder.glob("seed-*"))
+            raise DataError(
+                f"{folder} holds an experiment: name a run of it, {', '.join(runs) or 'none yet'}"
+            ) from None
         raise DataError(f"{folder} holds no finished run ({name} is missing); make one with `pyra train`") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from None

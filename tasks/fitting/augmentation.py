@@ -7,6 +7,7 @@ before: a resumed training sees the same images as one that was not interrupted.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -55,6 +57,7 @@ class AugmentedImages(Dataset[dict[str, Any]]):
     def __init__(self, data: ImageDataset, policy: str, seed: int) -> None:
         self.data, self.seed, self.epoch = data, seed, 0
         try:
+            _check_parts(policy)
             self._transform = rand_augment_transform(policy, {"img_mean": data.mean_colour()})
         except (AssertionError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split()) or "unknown parts"
@@ -73,6 +76,15 @@ class AugmentedImages(Dataset[dict[str, Any]]):
         return {"pixel_values": self.data.normalised(pixels), "labels": self.data.labels[index]}
 
 
+_PARTS = re.compile(r"rand(-(m|mmax|n|p|mstd|inc)\d+(\.\d+)?|-t\w+)*")
+
+
+def _check_parts(policy: str) -> None:
+    """Timm skips what it does not understand; a misspelt policy would train as another one."""
+    if _PARTS.fullmatch(policy) is None:
+        raise ValueError("parts are rand, then -m9 -n2 -p0.5 -mstd0.5 -mmax10 -inc1 -tweights")
+
+
 class Mixing:
     """Mixup (arXiv 1710.09412) and CutMix (1905.04899) of the images of a batch, in turn by chance.
 
@@ -85,20 +97,24 @@ class Mixing:
     """
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, classes: int, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.smoothing, self.classes = seed, smoothing, classes
         self._mix = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=smoothing, num_classes=classes)
 
     def __call__(self, pixels: Tensor, labels: Tensor, *position: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch.
+        """Mix a batch; the last image of an odd number stays as it is.
 
         Args:
-            pixels: [B, 3, S, S] with an even B.
+            pixels: [B, 3, S, S].
             labels: [B].
             position: numbers that say where in the training the batch stands.
 
         Returns:
             Mixed images [B, 3, S, S] and the share of each class [B, classes].
         """
-        with drawn_from(self.seed, *position):
-            mixed, shares = self._mix(pixels.clone(), labels)
+        paired = len(pixels) - len(pixels) % 2
+        mixed = pixels.clone()
+        shares = mixup_target(labels, self.classes, smoothing=self.smoothing)
+        if paired:
+            with drawn_from(self.seed, *position):
+                mixed[:paired], shares[:paired] = self._mix(mixed[:paired], labels[:paired])
         return mixed, shares

@@ -7,7 +7,6 @@ import importlib.util
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pyra.errors import ConfigError, TrainingError
 from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
 from pyra.tasks.fitting.averaging import MovingAverage
+from pyra.tasks.fitting.clock import Clock
 from pyra.tasks.fitting.trainer import (
     EpochScores,
     ImageTrainer,
@@ -69,7 +69,7 @@ class Fitted:
     """What a training leaves beside the weights.
 
     Attributes:
-        seconds: wall-clock time of this call; a resumed training counts what it trained itself.
+        seconds: wall-clock time of the training, with what was trained before an interruption.
         losses: step, epoch, loss and learning rate, every ten steps.
         scores: epoch and score of every epoch of a :class:`Watch`.
     """
@@ -109,7 +109,7 @@ def fit(
         ConfigError: for options that do not fit the data, the model or the number of processes.
         TrainingError: where the loss or a trained weight is NaN or infinite.
     """
-    start = time.perf_counter()
+    clock = Clock()
     saved = folder / checkpoints.FOLDER
     processes.on_main(lambda: checkpoints.drop_incomplete(saved))
     resumed = checkpoints.newest(saved)
@@ -125,11 +125,13 @@ def fit(
         layer_decay=options.layer_decay,
     )
     optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
-    trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
+    with tracking(options, folder):
+        trainer = ImageTrainer(model=trained, args=arguments, train_dataset=examples, optimizers=(optimizer, None))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     steps_an_epoch = math.ceil(len(trainer.get_train_dataloader()) / options.accumulate)
     steps = math.ceil(options.epochs * steps_an_epoch)
+    trainer.kept["clock"] = clock
     average = _accompany(trainer, trained, options, steps, len(data.class_names))
     if watch is not None and watched is not None:
         scores = EpochScores(
@@ -147,8 +149,7 @@ def fit(
         trainer.add_callback(StopAfter(min(steps, max(1, round(stop_after * steps_an_epoch)))))
     trainer.add_callback(ProgressBar(f"{options.label}: training"))
     trainer.add_callback(Sealing(steps_an_epoch))  # last: the others have logged what belongs into the checkpoint
-    with tracking(options):
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if average is not None:
         average.settle()
     if watch is not None and watch.keep_best and scores.best:
@@ -159,7 +160,7 @@ def fit(
     if broken:
         raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
     return Fitted(
-        time.perf_counter() - start,
+        clock.seconds(),
         [
             {key: entry[key] for key in _LOGGED if key in entry}
             for entry in trainer.state.log_history
@@ -304,13 +305,13 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def tracking(options: RunOptions) -> Iterator[None]:
-    """Let TensorBoard write into a folder ``logs`` beside the run, where nothing else says otherwise."""
+def tracking(options: RunOptions, folder: Path) -> Iterator[None]:
+    """Let a trainer that is made here write for TensorBoard into ``logs`` of the folder, unless told otherwise."""
     name = "TENSORBOARD_LOGGING_DIR"
     if "tensorboard" not in options.track or name in os.environ:
         yield
         return
-    os.environ[name] = str(Path(options.output).expanduser() / "logs")
+    os.environ[name] = str(folder / "logs")
     try:
         yield
     finally:
