@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -71,13 +71,29 @@ class AdapterOptions:
     output: str = option("benchmark-adapters.json", "file to write the rows to")
 
 
+@dataclass(kw_only=True)
+class InputOptions:
+    """Options of ``pyra benchmark input``."""
+
+    backbones: list[str] = field(
+        default_factory=lambda: ["demo", "vit_small_patch16_224"],
+        metadata={"help": "timm names, or 'demo' (the small ViT that ships with pyra)"},
+    )
+    device: str = option("cpu", "cpu, cuda or cuda:NUMBER")
+    dtype: Dtype = option("float32", "of weights and images")  # noqa: RUF009 - a dataclass field
+    batch_size: int = option(32, "images a training step")
+    rounds: int = option(15, "timed steps of each; the median counts")
+    threads: int | None = option(None, "CPU threads; all by default")
+    output: str = option("benchmark-input.json", "file to write the rows to")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``model`` (also without a word), ``kernels`` or ``adapters``; print a table and write the rows."""
+    """Run ``model`` (also without a word), ``kernels``, ``adapters`` or ``input``; print a table and write the rows."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     what = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "model"
-    stages = {"model": _model, "kernels": _kernels, "adapters": _adapters}
+    stages = {"model": _model, "kernels": _kernels, "adapters": _adapters, "input": _input}
     if what not in stages:
-        raise ConfigError(f"pyra benchmark measures 'model', 'kernels' or 'adapters', not {what!r}")
+        raise ConfigError(f"pyra benchmark measures 'model', 'kernels', 'adapters' or 'input', not {what!r}")
     return stages[what](arguments)
 
 
@@ -181,6 +197,32 @@ def _adapters(arguments: Sequence[str]) -> int:
         ("switching", lambda: switching_rows(subject, options.rounds)),
         ("elastic training", lambda: elastic_rows(subject, options.batch_size, options.rounds)),
     ]
+    return _finish(_run(stages), options)
+
+
+def _input(arguments: Sequence[str]) -> int:
+    options = parse(
+        InputOptions,
+        arguments,
+        prog="pyra benchmark input",
+        description=(
+            "Time training steps on images as they come from the data set, with and without RandAugment, against the\n"
+            "same steps on batches that lie in memory, in turns ('/ in-memory share': times as long)."
+        ),
+        example="pyra benchmark input --backbones demo,vit_small_patch16_224",
+    )
+    _at_least_one(options, "batch_size", "rounds", "threads")
+    _can_be_written(options.output)
+    _start(options)
+    from pyra.tasks.benchmarks.input import input_rows
+    from pyra.tasks.benchmarks.subject import Subject
+    from pyra.tasks.runs import DEMO_BACKBONE
+
+    stages: list[tuple[str, Callable[[], list[Any]]]] = []
+    for name in options.backbones:
+        subject = Subject(str(DEMO_BACKBONE) if name == "demo" else name, None, options.device, options.dtype)
+        subject.shapes()  # says what cannot be before anything is timed
+        stages.append((name, partial(input_rows, subject, options.batch_size, options.rounds, name)))
     return _finish(_run(stages), options)
 
 

@@ -19,7 +19,7 @@ VERBS = {
     "visualize": ("pyra.scripts.visualize", "picture what merged in an image, layer by layer"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
     "demo": ("pyra.scripts.demo", "four adaptations of a small backbone, measured and plotted"),
-    "tasks": ("pyra.scripts.tasks", "list the tasks, check that their data is what it should be"),
+    "tasks": ("pyra.scripts.tasks", "list the tasks, check and prepare their data"),
     "benchmark": ("pyra.scripts.benchmark", "measure speed and memory against the unwrapped model"),
     "env": ("pyra.scripts.env", "show versions and hardware, for bug reports"),
 }

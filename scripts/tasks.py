@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import option
 from pyra.scripts.cli import parse
+from pyra.scripts.task_data import cache, messages, prepare
 
 if TYPE_CHECKING:
     from pyra.tasks.cards import TaskCard
@@ -27,19 +28,43 @@ class ListOptions:
 class ValidateOptions:
     """Options of ``pyra tasks validate``."""
 
-    name: str = option("demo", "a task, a suite, or the card file of a language task")
+    name: str | None = option(None, "a task, a suite, or the card file of a language task; demo by default")
     root: str | None = option(None, "folder with the data of tasks that bring none (PYRA_DATA by default)")
+    data: str | None = option(
+        None, "instead of a task: your folder of images or parquet file, or owner/name on the hub"
+    )
+    image_column: str | None = option(None, "column of --data with the images, where type and name do not tell")
+    label_column: str | None = option(None, "column of --data with the labels, the same")
     decode: bool = option(True, "decode every image, too")
 
 
+VERBS = {
+    "ls": "list the tasks that --task takes (also without a word)",
+    "validate": "check that the data of a task or a suite is there and is what its card says",
+    "prepare": "write a task or a suite as a local folder, from whatever source is reachable",
+    "cache": "show or remove the decoded images that are kept on disk",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``ls`` (also without a word) or ``validate``."""
+    """Run one of :data:`VERBS`; ``ls`` without a word."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
     verb = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "ls"
-    verbs = {"ls": _list, "validate": _validate}
-    if verb not in verbs:
-        raise ConfigError(f"pyra tasks has 'ls' and 'validate', not {verb!r}{did_you_mean(verb, verbs)}")
-    return verbs[verb](arguments)
+    if verb not in VERBS:
+        raise ConfigError(f"pyra tasks has no verb {verb!r}{did_you_mean(verb, VERBS)}; it has {', '.join(VERBS)}")
+    return {"ls": _list, "validate": _validate, "prepare": prepare, "cache": cache}[verb](arguments)
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
+    return (
+        f"usage: pyra tasks VERB [options]\n\nverbs:\n{verbs}\n\n"
+        "'pyra tasks VERB --help' shows the options of a verb.\n\n"
+        "example:\n  pyra tasks validate vtab-1k --root data/"
+    )
 
 
 def _list(arguments: Sequence[str]) -> int:
@@ -101,35 +126,51 @@ def _validate(arguments: Sequence[str]) -> int:
         ValidateOptions,
         arguments,
         prog="pyra tasks validate",
-        description="Check that the data of a task, or of every task of a suite, is there and is what its card says.",
-        example="pyra tasks validate vtab-1k --root data/",
+        description=(
+            "Check that the data of a task, or of every task of a suite, is there and is what its card says; or that\n"
+            "data of your own can be trained on. The exit status is 2 where it is not."
+        ),
+        example="pyra tasks validate vtab-1k --root data/\n  pyra tasks validate --data photos/",
         positional="name",
     )
+    if options.data is not None and options.name is not None:
+        raise ConfigError(f"give NAME ({options.name}) or --data ({options.data}), not both")
+    if options.data is None and (options.image_column or options.label_column):
+        raise ConfigError("--image-column and --label-column go with --data")
     from tabulate import tabulate
     from tqdm import tqdm
 
     from pyra.tasks.cards import suite_cards, suite_folders
+    from pyra.tasks.columns import Columns
     from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.validation import validate
+    from pyra.tasks.validation import validate, validate_data
 
     quiet_libraries()
-    suite = options.name in suite_folders()
-    cards = suite_cards(options.name) if suite else [_card(options.name)]
-    images = not all(card.kind == "text" for card in cards)
     root = options.root or os.environ.get("PYRA_DATA")
-    names = [card.name for card in cards] if suite else [options.name]
-    found = [validate(name, root, options.decode) for name in tqdm(names, unit="task", disable=None, leave=False)]
+    counted = "images"
+    if options.data is not None:
+        found = [validate_data(options.data, Columns(options.image_column, options.label_column), options.decode)]
+    else:
+        name = options.name or "demo"
+        suite = name in suite_folders()
+        cards = suite_cards(name) if suite else [_card(name)]
+        counted = "examples" if all(card.kind == "text" for card in cards) else "images"
+        bar = tqdm([card.name for card in cards] if suite else [name], unit="task", disable=None, leave=False)
+        found = [validate(one, root, options.decode) for one in bar]
     rows = [
         {
             "task": checked.task,
-            "data": "ok" if checked.error is None else "ERROR",
-            "images" if images else "examples": " ".join(f"{name}:{count}" for name, count in checked.images.items()),
-            "notes": checked.error or "; ".join(checked.notes),
+            "data": "missing" if checked.missing else "ERROR" if checked.problems else "ok",
+            counted: " ".join(f"{name}:{count}" for name, count in checked.images.items()),
+            "notes": "; ".join(checked.notes),
         }
         for checked in found
     ]
     print(tabulate(rows, headers="keys", maxcolwidths=[None, None, None, 90]))
-    wrong = [checked for checked in found if checked.error is not None]
+    wrong = [checked for checked in found if checked.problems]
+    failed = [(checked.task, str(checked.error), checked.missing) for checked in wrong]
+    for text in messages(failed, root, "'pyra tasks prepare' writes them, 'pyra tasks validate TASK' says more"):
+        print(f"\n{text}")
     print(f"\n{len(found) - len(wrong)} of {len(found)} tasks can be used" + (" as they are" if not wrong else ""))
     return 2 if wrong else 0
 

@@ -59,8 +59,21 @@ def read_folder(path: Path, columns: Columns = FOUND) -> tuple[Splits, str]:
 
 
 def read_splits(files: Mapping[str, Sequence[Path]], where: Path, columns: Columns = FOUND) -> tuple[Splits, str]:
-    """Read named splits from parquet files; the class order is that of the training files."""
-    return finish({split: [read_parquet(file, columns) for file in parts] for split, parts in files.items()}, where)
+    """Read named splits from parquet files; the class order is that of the training files.
+
+    Raises:
+        DataError: with what is wrong with every file.
+    """
+    read: dict[Path, Rows] = {}
+    problems = []
+    for file in dict.fromkeys(file for parts in files.values() for file in parts):
+        try:
+            read[file] = read_parquet(file, columns)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+    return finish({split: [read[file] for file in parts] for split, parts in files.items()}, where)
 
 
 def finish(parts: Mapping[str, Sequence[Rows]], where: Path | str) -> tuple[Splits, str]:

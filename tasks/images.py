@@ -106,15 +106,6 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The images as they are stored, without those left out."""
         return self._rows
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return several examples, normalised together; a ``DataLoader`` asks for its batches here."""
-        if self.pixels is None:
-            return [self[index] for index in indices]
-        values = self.normalised(self.pixels[torch.as_tensor(indices)])
-        return [
-            {"pixel_values": value, "labels": self.labels[index]} for index, value in zip(indices, values, strict=True)
-        ]
-
     def image(self, index: int) -> Image.Image:
         """Return the image as stored: RGB, in its own size and shape."""
         return decode_row(self._rows[index])

@@ -129,6 +129,18 @@ class PixelCache:
                 found.append((file, size, (beside if beside.exists() else file).stat().st_mtime))
         return sorted(found, key=lambda entry: entry[2])
 
+    def listed(self) -> list[dict[str, str | int | float]]:
+        """Return a row of a table for each entry, the last used first; damaged ones are named so."""
+        rows: list[dict[str, str | int | float]] = []
+        for file, size, used in reversed(self.entries()):
+            name, side, images = "damaged", 0, 0
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                entry = Entry(**read_json(file.with_suffix(".json")))
+                name, side, images = entry.name, int(entry.key["side"] or 0), int(entry.key["images"] or 0)
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
+            rows.append({"data": name, "images": images, "side": side, "MiB": size / 2**20, "last used": when})
+        return rows
+
     def clear(self) -> int:
         """Remove all entries and return their bytes; processes that read them are not disturbed."""
         entries = self.entries()

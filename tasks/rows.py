@@ -6,7 +6,7 @@ in memory: no cache folder is read or written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,14 @@ from pyra.tasks.columns import FOUND, Columns, chosen_columns, features_of, labe
 
 IMAGE = datasets.Image(decode=False)
 """How images are stored: bytes or a path, not decoded."""
+
+
+class ListError(DataError):
+    """A list of images with lines that are wrong; ``labels`` are those of all lines that have one."""
+
+    def __init__(self, message: str, labels: Iterable[str]) -> None:
+        super().__init__(message)
+        self.labels = frozenset(labels)
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,14 @@ def read_image_list(file: Path, classes: int) -> Rows:
     """Read a list of images beside it, ``path label`` in each line, with labels from 0 on.
 
     Raises:
-        DataError: with the first lines that name no image, an image outside the list's folder, or no class.
+        ListError: with the first lines that name no image, an image outside the list's folder, or no class.
+        DataError: for a file that cannot be read or is empty.
     """
     home = file.parent.resolve()
     images, labels, problems = [], [], []
     listed: dict[Path, set[str]] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -135,6 +144,7 @@ def read_image_list(file: Path, classes: int) -> Rows:
         if not name or not label.isdecimal() or int(label) >= classes:
             problems.append(f"line {number}: {line.strip()!r} is no path with a label from 0 to {classes - 1}")
             continue
+        labels.append(str(int(label)))
         if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(f"line {number}: {name} lies outside {home}")
             continue
@@ -143,10 +153,9 @@ def read_image_list(file: Path, classes: int) -> Rows:
         if path.name not in listed[path.parent]:
             problems.append(f"line {number}: {name} is not there")
         images.append({"bytes": None, "path": str(path)})
-        labels.append(str(int(label)))
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DataError(f"{file}: {'; '.join(problems[:3])}{more}")
+        raise ListError(f"{file}: {'; '.join(problems[:3])}{more}", labels)
     if not labels:
         raise DataError(f"{file} lists no image")
     sources = [image["path"] or "" for image in images]

@@ -12,16 +12,22 @@ import pyarrow as pa
 from pyra.errors import DataError
 from pyra.tasks import sprites
 from pyra.tasks.cards import TaskCard
-from pyra.tasks.columns import Columns
+from pyra.tasks.columns import Columns, shorten
 from pyra.tasks.draws import stratified
 from pyra.tasks.folders import Splits, read_splits
 from pyra.tasks.hub import HubError, HubId, read_hub
-from pyra.tasks.rows import IMAGE, Rows, read_image_list, to_dataset
+from pyra.tasks.manifest import FILE as MANIFEST
+from pyra.tasks.manifest import check_prepared
+from pyra.tasks.rows import IMAGE, ListError, Rows, read_image_list, to_dataset
 
 TUNING = ("train800", "val200")
 PARTS = {"train800": 800, "val200": 200}
 DRAW_SEED = 0
 _SPRITES_SEED = 1000
+
+
+class MissingData(DataError):
+    """A task that does not bring its data, where none was found; the message says what would serve."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +47,24 @@ def load_splits(card: TaskCard, home: Path, root: str | Path | None) -> Source:
     Args:
         card: of the task.
         home: folder of the card.
-        root: folder that holds the data of tasks that bring none; without one, a task that has its data on the hub is
-            fetched.
+        root: folder that holds the data of tasks that bring none (or drawn ones that were prepared); without one, a
+            task that has its data on the hub is fetched.
 
     Raises:
-        DataError: where the data is not there, or is not what the card says.
+        MissingData: where the data is not there.
+        DataError: where it is not what the card says.
     """
     if card.kind == "sprites":
+        if root is not None and (Path(root).expanduser() / card.name / MANIFEST).is_file():
+            return listed(card, Path(root).expanduser() / card.name)
         return Source(named(_drawn(card)), "drawn by pyra.tasks.sprites", own_draw=True)
     if card.kind == "lists":
         if root is None and card.hub:
             try:
                 return from_hub(card)
             except HubError as error:
-                raise DataError(f"{error}; for a local copy give --root FOLDER, which holds {layout(card)}") from None
-        folder = _below(card, root)
-        return Source(named(_listed(card, folder)), str(folder))
+                raise MissingData(f"{error}; for a local copy give --root FOLDER, which holds {layout(card)}") from None
+        return listed(card, _below(card, root))
     splits, _ = read_splits({split: [home / file] for split, file in card.files.items()}, home)
     return Source(splits, "with the package")
 
@@ -110,11 +118,28 @@ def check_classes(card: TaskCard, splits: Splits, where: str) -> None:
 
 def _below(card: TaskCard, root: str | Path | None) -> Path:
     if root is None:
-        raise DataError(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout(card)}")
+        raise MissingData(f"task {card.name} does not bring its data: give --root FOLDER, which holds {layout(card)}")
     folder = Path(root).expanduser() / card.folder
     if not folder.is_dir():
-        raise DataError(f"{folder} is not there: --root must hold {layout(card)}")
+        hub = f"; without --root (and PYRA_DATA) it is fetched from the hub, {card.hub}" if card.hub else ""
+        raise MissingData(f"{folder} is not there: --root must hold {layout(card)}{hub}")
     return folder
+
+
+def listed(card: TaskCard, folder: Path) -> Source:
+    """Read a folder in the layout of the benchmark.
+
+    Raises:
+        DataError: where files are missing or wrong (all of them), or it was prepared for another version of the task.
+    """
+    manifest = check_prepared(card, folder)
+    try:
+        splits = named(_listed(card, folder))
+    except DataError as error:
+        if manifest is not None and any(not (folder / f"{name}.parquet").is_file() for name in (*TUNING, "test")):
+            raise DataError(f"{error}; preparing it was cut off: give the same command again to go on") from None
+        raise
+    return Source(splits, str(folder), own_draw=manifest is not None and manifest.draw == "own")
 
 
 def _listed(card: TaskCard, folder: Path) -> dict[str, datasets.Dataset]:
@@ -129,17 +154,24 @@ def _listed(card: TaskCard, folder: Path) -> dict[str, datasets.Dataset]:
         raise DataError(f"{folder}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     files = {name: file for name, file in files.items() if file.is_file()}
     if kinds[0] == ".parquet":
-        splits, _ = read_splits({("train" if n == "train800val200" else n): [f] for n, f in files.items()}, folder)
+        both = files.pop("train800val200", None)
+        whole = [files[name] for name in TUNING] if both is None else [both]
+        splits, _ = read_splits({"train": whole, **{name: [file] for name, file in files.items()}}, folder)
         check_classes(card, splits, str(folder))
         return dict(splits)
     classes = [str(label) for label in range(card.classes)]
-    made, problems = {}, []
+    made, problems, seen = {}, [], set[str]()
     for name, file in files.items():
         try:
-            made[name] = to_dataset([read_image_list(file, card.classes)], classes)
+            rows = read_image_list(file, card.classes)
+            made[name] = to_dataset([rows], classes)
+            seen |= set(rows.labels)
         except DataError as error:
             problems.append(str(error))
+            seen |= error.labels if isinstance(error, ListError) else set()
     if problems:
+        if empty := [label for label in classes if label not in seen]:
+            problems.append(f"no list has an image of class {shorten(empty)}")
         raise DataError("; ".join(problems))
     return made
 

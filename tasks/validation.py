@@ -12,21 +12,34 @@ import datasets
 
 from pyra.errors import DataError
 from pyra.tasks.cards import load_card
-from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.columns import FOUND, Columns
+from pyra.tasks.data import Task, load_task
+from pyra.tasks.decoding import decoded, split_digest, summary, unreadable_rows
 from pyra.tasks.language.cards import is_text_task
 from pyra.tasks.language.validation import check_text_task
+from pyra.tasks.manifest import Manifest, check_prepared
+from pyra.tasks.sources import TUNING, MissingData
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found: images of each split, an error that makes the task unusable, and what is worth knowing."""
+    """What was found: images of each split, what makes the task unusable, and what is worth knowing.
+
+    ``missing`` is set where there is no data at all.
+    """
 
     task: str
     images: dict[str, int] = field(default_factory=dict)
-    error: str | None = None
+    problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: bool = False
+
+    @property
+    def error(self) -> str | None:
+        """All problems in one line, or None."""
+        return "; ".join(self.problems) or None
 
 
 def validate(name: str, root: str | None = None, decode: bool = True) -> Checked:
@@ -38,41 +51,86 @@ def validate(name: str, root: str | None = None, decode: bool = True) -> Checked
         decode: decode every image.
 
     Raises:
-        DataError: for an unknown task; what is wrong with its data is returned.
+        DataError: for an unknown task; what is wrong with its data is returned, all of it.
     """
     if is_text_task(name):
         return Checked(name, *check_text_task(name, root))
     card, _ = load_card(name)
     try:
         task = load_task(name, root=root)
-        images = {split: len(rows) for split, rows in task.splits.items()}
-        wrong = [
-            f"{split} has {images[split]} images, its card says {count}"
-            for split, count in card.splits.items()
-            if split in images and images[split] != count
-        ]
-        small = {split: images[split] for split in ("train800", "val200") if split in images}
-        problems = [text for text in wrong if text.partition(" ")[0] in small]
-        problems += _empty_classes(task.splits, task.labels) + _shared_images(task.splits)
-        if problems:
-            return Checked(name, images, "; ".join(problems))
-        if decode:
-            for split in _parts(images):
-                image_dataset(task, split, image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
+        manifest = check_prepared(card, Path(root).expanduser() / (card.folder or card.name)) if root else None
     except DataError as error:
-        return Checked(name, error=str(error).partition(". Repair or remove")[0])
-    notes = [text for text in wrong if text.partition(" ")[0] not in small]
+        return Checked(name, problems=[str(error)], missing=isinstance(error, MissingData))
+    images = _sizes(task)
+    wrong = [
+        f"{split} has {images[split]} images, its card says {count}"
+        for split, count in card.splits.items()
+        if split in images and images[split] != count
+    ]
+    problems = [text for text in wrong if text.partition(" ")[0] in TUNING]
+    problems += _faults(task, decode, manifest)
+    notes = [text for text in wrong if text.partition(" ")[0] not in TUNING] + _untrained(task)
+    if task.source.endswith("(own draw)") and card.kind != "sprites":
+        notes.append("which images are in train800 and val200 is our own draw")
+    return Checked(name, images, problems, notes)
+
+
+def validate_data(data: str, columns: Columns = FOUND, decode: bool = True) -> Checked:
+    """Check data of your own: columns, labels, classes, and that images can be read.
+
+    Args:
+        data: what ``--data`` takes: a folder, a parquet file, or a data set of the hub.
+        columns: which hold images and labels.
+        decode: decode every image.
+    """
+    try:
+        task = load_task(data=data, columns=columns)
+    except DataError as error:
+        return Checked(data, problems=[str(error)])
+    notes = [task.description, *_untrained(task)]
+    return Checked(task.name, _sizes(task), _faults(task, decode), notes)
+
+
+def _sizes(task: Task) -> dict[str, int]:
+    """Return the images of each split, the parts of the benchmark after those every task has."""
+    order = ["train", "validation", "test", *TUNING]
+    return {split: len(task.splits[split]) for split in order if split in task.splits}
+
+
+def _faults(task: Task, decode: bool, manifest: Manifest | None = None) -> list[str]:
+    problems = _empty_classes(task.splits, task.labels) + _shared_images(task.splits)
+    if manifest is not None:
+        problems += _changed(task.splits, manifest)
+    for split in _parts(task.splits) if decode else []:
+        problems += _unreadable(task, split)
+    return problems
+
+
+def _untrained(task: Task) -> list[str]:
     lost = _classes(task.splits["test"]) - _classes(task.splits["train"])
-    if lost:
-        shown = ", ".join(task.labels[label] for label in sorted(lost)[:_SHOWN])
-        notes.append(f"{len(lost)} classes of the test split have no training image ({shown})")
-    return Checked(name, images, notes=notes)
+    if not lost:
+        return []
+    shown = ", ".join(task.labels[label] for label in sorted(lost)[:_SHOWN])
+    return [f"{len(lost)} classes of the test split have no training image ({shown})"]
 
 
-def _parts(images: dict[str, int]) -> list[str]:
+def _unreadable(task: Task, split: str) -> list[str]:
+    rows = task.splits[split]
+    found = enumerate(decoded(rows, 8, "nearest", f"{task.name}/{split}"))
+    broken = {row: image for row, image in found if isinstance(image, str)}
+    return [f"{split}: {summary(unreadable_rows(rows, broken), len(rows))}"] if broken else []
+
+
+def _changed(splits: Mapping[str, datasets.Dataset], manifest: Manifest) -> list[str]:
+    changed = [name for name, record in manifest.splits.items() if split_digest(splits[name]) != record.sha256]
+    return [f"{name}.parquet is not what was prepared (its SHA-256 differs)" for name in changed]
+
+
+def _parts(splits: Mapping[str, datasets.Dataset]) -> list[str]:
     """Name the splits that have all images between them, each once."""
-    parts = ["train800", "val200"] if "train800" in images else ["train", "validation"]
-    return [name for name in (*parts, "test") if name in images]
+    parts = ["train800", "val200"] if "train800" in splits else ["train", "validation"]
+    found = [name for name in (*parts, "test") if name in splits]
+    return [name for name in found if name == "test" or splits[name] is not splits["test"]]
 
 
 def _classes(rows: datasets.Dataset) -> set[int]:

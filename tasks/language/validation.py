@@ -12,7 +12,7 @@ from pyra.tasks.language.data import Example, load_text_task
 _SHOWN = 3
 
 
-def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int], str | None, list[str]]:
+def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int], list[str], list[str]]:
     """Check columns, labels, empty texts, counts, and that no training example is in the test split.
 
     Args:
@@ -20,7 +20,7 @@ def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int],
         root: folder with its files.
 
     Returns:
-        Examples of each split, an error that makes the task unusable, and what is worth knowing.
+        Examples of each split, what makes the task unusable, and what is worth knowing.
 
     Raises:
         DataError: for an unknown task; what is wrong with its data is returned.
@@ -29,7 +29,7 @@ def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int],
     try:
         task = load_text_task(name, root)
     except DataError as error:
-        return {}, str(error), []
+        return {}, [str(error)], []
     counts = {split: len(examples) for split, examples in task.splits.items()}
     notes = [
         f"{split} has {counts[split]} examples, its card says {count}"
@@ -43,7 +43,7 @@ def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int],
         if (missing := _missing(card.labels, task.splits[split]))
     ]
     notes += _shared(task.splits) + _repeated(task.splits["train"])
-    return counts, "; ".join(problems) or None, notes
+    return counts, problems, notes
 
 
 def _missing(labels: Sequence[str], examples: Sequence[Example]) -> list[str]:

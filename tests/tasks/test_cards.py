@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -14,7 +19,7 @@ from pyra.scripts import tasks
 from pyra.tasks.cards import card_files, load_card, suite_cards, suite_folders
 from pyra.tasks.data import load_task
 from pyra.tasks.rows import read_image_list
-from pyra.tasks.validation import validate
+from pyra.tasks.validation import validate, validate_data
 
 # Groups, classes: arXiv 1910.04867; the published table of the benchmark.
 VTAB = {
@@ -145,6 +150,106 @@ def test_what_is_wrong_with_a_folder_is_told(name: str, kitti: Path, capsys: pyt
     assert "ERROR" in capsys.readouterr().out
 
 
+def test_all_faults_are_told_at_once_and_none_with_advice_for_training(kitti: Path) -> None:
+    rewritten(kitti, "train800", lambda lines: ["images/none.png 0", *lines[1:]])
+    rewritten(kitti, "val200", lambda lines: ["images/train/val200-0.png 9", *lines[1:]])
+    rewritten(kitti, "test", lambda lines: [])
+    error = validate("kitti", str(kitti)).error or ""
+    assert "train800.txt: line 1: images/none.png is not there; " in error
+    assert "val200.txt: line 1: 'images/train/val200-0.png 9' is no path" in error and "test.txt lists no" in error
+    assert "has an image of class" not in error  # what a wrong line names counts, too
+    rewritten(kitti, "train800", lambda lines: [line for line in lines if not line.endswith(" 3")])
+    rewritten(kitti, "val200", lambda lines: [line for line in lines if not line.endswith(" 3")])
+    assert (validate("kitti", str(kitti)).error or "").endswith("; no list has an image of class 3")
+
+
+def test_counts_and_broken_images_are_told_together(kitti: Path) -> None:
+    rewritten(kitti, "train800", lambda lines: lines[:799])
+    for name in ("train/train800-3", "train/val200-5", "test/test-7"):
+        (kitti / "kitti" / "images" / f"{name}.png").write_bytes(b"not an image")
+    error = validate("kitti", str(kitti)).error or ""
+    assert "train800 has 799 images, its card says 800; train800: 1 of 799 images cannot be read: " in error
+    assert error.count("not an image in a known format") == 3 and "--skip-broken" not in error
+    assert validate("kitti", str(kitti), decode=False).error == "train800 has 799 images, its card says 800"
+
+
+def test_wrong_columns_of_a_task(tmp_path: Path) -> None:
+    (tmp_path / "kitti").mkdir()
+    for split in ("train800", "val200", "test"):
+        pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "kitti" / f"{split}.parquet")
+    error = validate("kitti", str(tmp_path)).error or ""
+    assert all(f"{split}.parquet has no image column" in error for split in ("train800", "val200", "test"))
+
+
+def own(folder: Path, labels: dict[str, list[int]], image: bytes) -> str:
+    """Write parquet files of three classes, and return the folder."""
+    types = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"])})
+    folder.mkdir()
+    for split, values in labels.items():
+        images = [{"bytes": image if number else b"no", "path": None} for number in range(len(values))]
+        pq.write_table(
+            pa.table({"image": images, "label": values}, schema=types.arrow_schema), folder / f"{split}.parquet"
+        )
+    return str(folder)
+
+
+def test_your_own_data_is_checked(tmp_path: Path, kitti: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = (kitti / "kitti" / "images" / "test" / "test-0.png").read_bytes()
+    wrong = own(tmp_path / "wrong", {"train": [0, 1, 7], "test": [0, 1, 9]}, image)
+    assert tasks.main(["validate", "--data", wrong]) == 2
+    said = capsys.readouterr().out
+    assert f"{wrong}/train.parquet row 2: label 7 is outside the 3 classes" in said and "row 2: label 9" in said
+
+    empty = own(tmp_path / "empty", {"train": [0, 1, 0], "test": [0, 1]}, image)
+    error = validate_data(empty).error or ""
+    assert error.startswith(
+        "no split has an image of class z; train: 1 of 3 images cannot be read: train.parquet row 0"
+    )
+    assert "; test: 1 of 2 images cannot be read" in error
+
+    untrained = own(tmp_path / "untrained", {"train": [0, 1], "validation": [2, 0]}, image)
+    found = validate_data(untrained, decode=False)
+    assert found.problems == [] and found.images == {"train": 2, "validation": 2, "test": 2}
+    assert found.notes[1:] == ["1 classes of the test split have no training image (z)"]
+    assert (validate_data(untrained).error or "").count("validation.parquet row 0") == 1  # it is the test split, too
+
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for number in range(5):
+            (images / name / f"{number}.png").write_bytes(image)
+    assert tasks.main(["validate", "--data", str(images)]) == 0
+    assert "train:8 test:2" in capsys.readouterr().out
+    (images / "c").mkdir()
+    assert "no readable images in the class folder c" in (validate_data(str(images)).error or "")
+
+
+def test_what_a_suite_lacks_is_one_message(
+    kitti: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = [card for card in suite_cards("vtab-1k") if card.kind != "sprites"]  # drawing takes seconds
+    monkeypatch.setattr("pyra.tasks.cards.suite_cards", lambda suite: drawn)
+    rewritten(kitti, "train800", lambda lines: ["images/none.png 0", *lines[1:]])
+    assert tasks.main(["validate", "vtab-1k", "--root", str(kitti)]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert next(line for line in said if line.startswith("kitti: ")).endswith("line 1: images/none.png is not there")
+    missing = [line for line in said if line.startswith("16 tasks have no data below")]
+    assert len(missing) == 1 and ": caltech101, cifar100, " in missing[0] and ", kitti, " not in missing[0]
+    assert said[-1] == "0 of 17 tasks can be used"
+
+
+def test_lists_and_help_answer_without_the_heavy_libraries() -> None:
+    """They must take no longer than a second and a half."""
+    for argv in (["tasks", "ls"], ["tasks", "--help"], ["tasks", "ls", "--help"], ["tasks", "prepare", "--help"]):
+        code = (
+            "import sys\nfrom pyra.scripts.main import main\n"
+            f"try:\n    main({argv})\nexcept SystemExit:\n    pass\n"
+            "print(sorted({'torch', 'datasets', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]", argv
+
+
 def test_another_test_split_is_noted(kitti: Path) -> None:
     rewritten(kitti, "test", lambda lines: lines[:700])
     found = validate("kitti", str(kitti), decode=False)
@@ -185,9 +290,11 @@ def test_ls_and_validate(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        (["lss"], ConfigError, "not 'lss' .did you mean 'ls'"),
+        (["lss"], ConfigError, "no verb 'lss' .did you mean 'ls'"),
         (["ls", "--suite", "vtab"], ConfigError, "unknown suite 'vtab' .did you mean 'vtab-1k'"),
         (["validate", "nothing"], DataError, "unknown task 'nothing'"),
+        (["validate", "kitti", "--data", "photos"], ConfigError, r"NAME \(kitti\) or --data \(photos\), not both"),
+        (["validate", "kitti", "--label-column", "y"], ConfigError, "go with --data"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], error: type[Exception], said: str) -> None:

@@ -74,14 +74,6 @@ def test_pixels_and_items_are_those_without_a_cache(
     assert [Path(name).suffix for name in files(cache)] == [".json", ".u8"]
 
 
-def test_a_batch_has_the_values_of_its_items(rows: datasets.Dataset, cache: PixelCache) -> None:
-    for data in (make(rows, cache), make(rows, None)):
-        order = [5, 0, 39, 5]
-        for item, index in zip(data.__getitems__(order), order, strict=True):
-            assert torch.equal(item["pixel_values"], data[index]["pixel_values"])
-            assert item["labels"] == data.labels[index]
-
-
 def test_whatever_changes_pixels_is_another_entry(rows: datasets.Dataset, cache: PixelCache) -> None:
     make(rows, cache)
     for changes in ({"image_size": SIDE + 1}, {"interpolation": "bilinear"}):
