@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from pyra.errors import DataError
 from pyra.scripts.cli import parse
-from pyra.tasks.decoding import decode_image
-from pyra.tasks.rows import read_parquet
+from pyra.tasks.data.decoding import decode_image
+from pyra.tasks.data.rows import read_parquet
 
 LIMIT = 8 * 1024**2
 SPLITS = ("train", "validation", "test")

@@ -20,7 +20,7 @@ from pyra.tasks.options import RunOptions
 if TYPE_CHECKING:
     from torch import nn
 
-    from pyra.tasks.data import ImageDataset
+    from pyra.tasks.data.task import ImageDataset
 
 
 @dataclass(kw_only=True)

@@ -56,11 +56,11 @@ def prepare(arguments: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from pyra.errors import DataError, OutputError
-    from pyra.tasks.cards import load_card, suite_cards, suite_folders
-    from pyra.tasks.columns import Columns
-    from pyra.tasks.preparation import Prepared, prepare
+    from pyra.tasks.data.cards import load_card, suite_cards, suite_folders
+    from pyra.tasks.data.columns import Columns
+    from pyra.tasks.data.preparation import Prepared, prepare
+    from pyra.tasks.data.sources import MissingData
     from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.sources import MissingData
 
     quiet_libraries()
     suites = suite_folders()
@@ -139,7 +139,7 @@ def cache(arguments: Sequence[str]) -> int:
         ),
         example="pyra tasks cache --clear",
     )
-    from pyra.tasks.pixel_cache import GIB, default_cache
+    from pyra.tasks.data.pixel_cache import GIB, default_cache
 
     found = default_cache()
     if found is None:

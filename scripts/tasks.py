@@ -14,7 +14,7 @@ from pyra.scripts.cli import parse
 from pyra.scripts.task_data import cache, messages, prepare
 
 if TYPE_CHECKING:
-    from pyra.tasks.cards import TaskCard
+    from pyra.tasks.data.cards import TaskCard
 
 
 @dataclass(kw_only=True)
@@ -77,7 +77,7 @@ def _list(arguments: Sequence[str]) -> int:
     )
     from tabulate import tabulate
 
-    from pyra.tasks.cards import KINDS, card_files, read_card, suite_folders
+    from pyra.tasks.data.cards import KINDS, card_files, read_card, suite_folders
 
     if options.suite is not None and options.suite not in suite_folders():
         known = suite_folders()
@@ -140,10 +140,10 @@ def _validate(arguments: Sequence[str]) -> int:
     from tabulate import tabulate
     from tqdm import tqdm
 
-    from pyra.tasks.cards import suite_cards, suite_folders
-    from pyra.tasks.columns import Columns
+    from pyra.tasks.data.cards import suite_cards, suite_folders
+    from pyra.tasks.data.columns import Columns
+    from pyra.tasks.data.validation import validate, validate_data
     from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.validation import validate, validate_data
 
     quiet_libraries()
     root = options.root or os.environ.get("PYRA_DATA")
@@ -176,7 +176,7 @@ def _validate(arguments: Sequence[str]) -> int:
 
 
 def _card(name: str) -> TaskCard:
-    from pyra.tasks.cards import load_card
+    from pyra.tasks.data.cards import load_card
     from pyra.tasks.language.cards import find_text_card, is_text_task
 
     return find_text_card(name)[0] if is_text_task(name) else load_card(name)[0]

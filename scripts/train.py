@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> ExperimentOptions:
-    from pyra.tasks.cards import load_card
+    from pyra.tasks.data.cards import load_card
 
     try:
         return _parsed(argv)

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from pyra.export import ExportReport
 from pyra.files import atomic_path, write_json, write_text
-from pyra.tasks.data import ImageDataset, Task, load_task
+from pyra.tasks.data.task import ImageDataset, Task, load_task
 from pyra.tasks.exporting import export_run
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output

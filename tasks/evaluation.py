@@ -15,7 +15,7 @@ from pyra.backbones import macs, set_rate, unwrap, wrapped_config, wrapped_sched
 from pyra.backbones.loading import preprocessing
 from pyra.errors import ConfigError
 from pyra.files import write_json
-from pyra.tasks.data import ImageDataset, Task, image_dataset
+from pyra.tasks.data.task import ImageDataset, Task, image_dataset
 from pyra.tasks.provenance import scored
 from pyra.tasks.results import RunResult, environment, read_result
 from pyra.tasks.runs import DTYPES, load_run, resolve_device, task_of_run

@@ -20,7 +20,7 @@ from pyra.backbones import set_rate
 from pyra.errors import DataError
 from pyra.files import read_json, write_json
 from pyra.tasks.comparison import Right
-from pyra.tasks.data import ImageDataset
+from pyra.tasks.data.task import ImageDataset
 from pyra.tasks.fitting.fit import fit, forget_checkpoints
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import DTYPES, new_model, resolve_device, task_for

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pyra.tasks.data import split_digest
-from pyra.tasks.images import ImageDataset
+from pyra.tasks.data.images import ImageDataset
+from pyra.tasks.data.task import split_digest
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):

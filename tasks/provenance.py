@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from pyra.tasks.cards import load_card
-from pyra.tasks.data import ImageDataset, Task, split_digest
+from pyra.tasks.data.cards import load_card
+from pyra.tasks.data.task import ImageDataset, Task, split_digest
 from pyra.tasks.options import RunOptions
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ class RunResult:
         adapter: ``peft`` and ``pyra``, the configurations of what was trained.
         split: that was scored.
         task_version: of the task's card.
-        test_sha256: of the images and labels that were scored (:func:`pyra.tasks.data.split_digest`).
+        test_sha256: of the images and labels that were scored (:func:`pyra.tasks.data.task.split_digest`).
         train_sha256: of those that were trained on.
         preprocessing: how an image became the model's input, by name.
         data_source: ``shipped``, ``drawn``, the name of a folder, or a hub id.

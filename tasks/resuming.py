@@ -10,7 +10,7 @@ from typing import Any
 
 from pyra.errors import DataError, OutputError
 from pyra.files import read_json
-from pyra.tasks.data import Task
+from pyra.tasks.data.task import Task
 from pyra.tasks.fitting import processes
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import Kind, put_right, staged_output, unfinished

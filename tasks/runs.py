@@ -30,9 +30,9 @@ from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
-from pyra.tasks.columns import Columns
-from pyra.tasks.data import Task, load_task, split_digest
-from pyra.tasks.fewshot import few_shot
+from pyra.tasks.data.columns import Columns
+from pyra.tasks.data.fewshot import few_shot
+from pyra.tasks.data.task import Task, load_task, split_digest
 from pyra.tasks.options import DEVICES, RunOptions
 from pyra.tasks.provenance import remember_weights
 

@@ -17,7 +17,7 @@ from pyra.adapters import fold_adapter, save_adapter
 from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json
-from pyra.tasks.data import ImageDataset, Task
+from pyra.tasks.data.task import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure
 from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.fit import Watch, check_trackers, fit, forget_checkpoints

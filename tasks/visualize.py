@@ -22,7 +22,7 @@ from pyra.errors import ConfigError, DataError, OutputError
 from pyra.files import atomic_path
 from pyra.matching import METHODS as MATCHINGS
 from pyra.records import option
-from pyra.tasks.decoding import decode_image, unreadable
+from pyra.tasks.data.decoding import decode_image, unreadable
 from pyra.tasks.options import RunOptions
 from pyra.tasks.pictures import merged_tokens_picture
 from pyra.tasks.runs import load_run, new_backbone

@@ -17,10 +17,10 @@ from pyra.adapters import adapt
 from pyra.adapters.methods import peft_config
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import Subject
-from pyra.tasks.data import load_task
+from pyra.tasks.data.images import ImageDataset
+from pyra.tasks.data.pixel_cache import PixelCache
+from pyra.tasks.data.task import load_task
 from pyra.tasks.fitting.augmentation import AugmentedImages
-from pyra.tasks.images import ImageDataset
-from pyra.tasks.pixel_cache import PixelCache
 from pyra.tasks.timing import Job, Spread, spreads
 
 GOAL = 1.05

@@ -26,7 +26,7 @@ from pyra.cost import token_counts
 from pyra.tasks.benchmarks.kernels import Shape, step_job
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import LEVELS, Subject
-from pyra.tasks.data import image_dataset, load_task
+from pyra.tasks.data.task import image_dataset, load_task
 from pyra.tasks.timing import Spread, forward, spreads
 
 Result = TypeVar("Result")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyra.errors import ConfigError
-from pyra.tasks.images import ImageDataset
+from pyra.tasks.data.images import ImageDataset
 
 
 @contextmanager

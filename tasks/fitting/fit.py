@@ -19,6 +19,7 @@ from pyra.adapters.elastic import RateSampler
 from pyra.adapters.recipe import parameter_groups
 from pyra.backbones import set_rate
 from pyra.errors import ConfigError
+from pyra.tasks.data.images import ImageDataset
 from pyra.tasks.fitting import checkpoints
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
 from pyra.tasks.fitting.averaging import MovingAverage
@@ -41,7 +42,6 @@ from pyra.tasks.fitting.trainer import (
     evaluating,
     scores_of,
 )
-from pyra.tasks.images import ImageDataset
 from pyra.tasks.options import RunOptions
 from pyra.tasks.probing import FeatureStore, frozen_features, probe_of
 from pyra.tasks.runs import DTYPES

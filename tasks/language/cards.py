@@ -14,7 +14,7 @@ import yaml
 
 from pyra.errors import DataError, did_you_mean
 from pyra.records import record_problems
-from pyra.tasks.cards import TaskCard, card_files, load_card
+from pyra.tasks.data.cards import TaskCard, card_files, load_card
 from pyra.tasks.language.answers import RULES
 from pyra.tasks.language.prompts import prompt_problems
 
@@ -32,7 +32,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class TextCard(TaskCard):
-    """Modifications against :class:`~pyra.tasks.cards.TaskCard`: texts instead of images.
+    """Modifications against :class:`~pyra.tasks.data.cards.TaskCard`: texts instead of images.
 
     Attributes:
         kind: ``text``.

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pyra.errors import DataError, did_you_mean
-from pyra.tasks.hub import HubError, HubId, fetched
+from pyra.tasks.data.hub import HubError, HubId, fetched
 from pyra.tasks.language.cards import TextCard
 
 _SHOWN = 5

@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 
-from pyra.tasks.data import Task
-from pyra.tasks.draws import stratified
+from pyra.tasks.data.draws import stratified
+from pyra.tasks.data.task import Task
 
 SHARE, SEED = 0.2, 0
 _PARTS = ("train800", "val200")

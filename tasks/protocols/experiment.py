@@ -17,7 +17,7 @@ from typing import Any
 
 from pyra.errors import OutputError, TrainingError
 from pyra.files import read_json, write_json
-from pyra.tasks.data import Task
+from pyra.tasks.data.task import Task
 from pyra.tasks.fitting import processes
 from pyra.tasks.output import claimed_output
 from pyra.tasks.probing import FeatureStore

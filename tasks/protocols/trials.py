@@ -10,7 +10,7 @@ import datasets
 
 from pyra.errors import TrainingError
 from pyra.files import read_json, write_json
-from pyra.tasks.data import Task
+from pyra.tasks.data.task import Task
 from pyra.tasks.fitting import processes
 from pyra.tasks.fitting.fit import Watch, fit, forget_checkpoints
 from pyra.tasks.options import RunOptions

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from pyra.tasks.cards import card_files, load_card
+from pyra.tasks.data.cards import card_files, load_card
 from pyra.tasks.reports.groups import Group
 
 _MUST_AGREE = {

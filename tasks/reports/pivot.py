@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyra.errors import ConfigError, did_you_mean
-from pyra.tasks.cards import TaskCard, suite_cards, suite_folders
+from pyra.tasks.data.cards import TaskCard, suite_cards, suite_folders
 from pyra.tasks.reports.formats import Table
 from pyra.tasks.reports.groups import Group, differences, shown
 from pyra.tasks.reports.table import metric_name, value_text

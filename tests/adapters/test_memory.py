@@ -25,7 +25,7 @@ from pyra.adapters import (
 )
 from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.errors import ConfigError, UnsupportedModelError
-from pyra.tasks.data import load_task
+from pyra.tasks.data.task import load_task
 from pyra.tasks.evaluation import data_for
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import new_backbone

@@ -12,7 +12,7 @@ from pyra.backbones.layers import merging_layers
 from pyra.errors import ConfigError
 from pyra.scripts import study_corrections
 from pyra.scripts.study_corrections import PAIRS, VARIANTS, CorrectionOptions
-from pyra.tasks.data import load_task
+from pyra.tasks.data.task import load_task
 from pyra.tasks.evaluation import data_for
 
 

@@ -9,8 +9,8 @@ import torch
 
 from pyra import PyraConfig, unwrap, wrap
 from pyra.backbones.loading import create_backbone, preprocessing
-from pyra.tasks.data import image_dataset, load_task
-from pyra.tasks.images import ImageDataset
+from pyra.tasks.data.images import ImageDataset
+from pyra.tasks.data.task import image_dataset, load_task
 
 
 def features(model: torch.nn.Module, data: ImageDataset) -> torch.Tensor:

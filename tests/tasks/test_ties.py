@@ -9,7 +9,7 @@ import torch
 from pyra import PyraConfig, wrap
 from pyra.backbones.loading import create_backbone
 from pyra.export.report import TIES
-from pyra.tasks.data import load_task
+from pyra.tasks.data.task import load_task
 from pyra.tasks.evaluation import data_for
 from pyra.tasks.runs import DEMO_BACKBONE
 

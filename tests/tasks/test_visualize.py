@@ -19,8 +19,8 @@ from pyra.backbones.layers import merging_layers
 from pyra.backbones.loading import image_shape, preprocessing
 from pyra.errors import ConfigError
 from pyra.scripts.main import main
-from pyra.tasks.data import Task, load_task
-from pyra.tasks.decoding import decode_image
+from pyra.tasks.data.decoding import decode_image
+from pyra.tasks.data.task import Task, load_task
 from pyra.tasks.options import RunOptions
 from pyra.tasks.pictures import _GAP
 from pyra.tasks.runs import load_run, new_model, save_run

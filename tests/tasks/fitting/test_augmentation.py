@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from pyra.errors import ConfigError
+from pyra.tasks.data.images import ImageDataset
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
-from pyra.tasks.images import ImageDataset
 
 CLASSES = 5
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from pyra.errors import DataError
-from pyra.tasks.cards import load_card, suite_cards
-from pyra.tasks.data import load_task
+from pyra.tasks.data.cards import load_card, suite_cards
+from pyra.tasks.data.task import load_task
 from pyra.tasks.language.answers import RULES, cut, plain_number
 from pyra.tasks.language.cards import TextCard, find_text_card, is_text_task
 from pyra.tasks.language.prompts import fill

@@ -14,10 +14,10 @@ import yaml
 
 from pyra.errors import DataError
 from pyra.scripts import tasks
-from pyra.tasks.cards import load_card
+from pyra.tasks.data.cards import load_card
+from pyra.tasks.data.validation import validate
 from pyra.tasks.language.data import examples_digest, load_text_task
 from pyra.tasks.language.sources import read_file
-from pyra.tasks.validation import validate
 
 ROWS = [{"text": 'a "fine" film', "label": 1}, {"text": "dull, cold", "label": 0}]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pyra.errors import ConfigError
-from pyra.tasks.data import load_task
-from pyra.tasks.fewshot import few_shot
+from pyra.tasks.data.fewshot import few_shot
+from pyra.tasks.data.task import load_task
 from pyra.tasks.protocols.choosing import Choice, Trial, choose, choosing_splits
 from pyra.tasks.protocols.options import ExperimentOptions
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pyra.errors import OutputError
+from pyra.tasks.data.images import ImageDataset
 from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting import fit as fitting
-from pyra.tasks.images import ImageDataset
 from pyra.tasks.protocols.experiment import experiment
 from pyra.tasks.protocols.options import ExperimentOptions
 from pyra.tasks.results import read_result

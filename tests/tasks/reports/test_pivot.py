@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyra.errors import ConfigError
-from pyra.tasks.cards import suite_cards
+from pyra.tasks.data.cards import suite_cards
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.groups import group, majority_groups
 from pyra.tasks.reports.pivot import Pivot, dimensions, pivot

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pyra.errors import DataError
-from pyra.tasks.columns import FOUND, Columns, chosen_columns, features_of, label_names, shorten
+from pyra.tasks.data.columns import FOUND, Columns, chosen_columns, features_of, label_names, shorten
 
 IMAGE = datasets.Image(decode=False)
 """How images are stored: bytes or a path, not decoded."""

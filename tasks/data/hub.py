@@ -17,9 +17,9 @@ import datasets
 import huggingface_hub
 
 from pyra.errors import DataError, did_you_mean
-from pyra.tasks.columns import FOUND, Columns
-from pyra.tasks.folders import Splits, divide, finish, split_of
-from pyra.tasks.rows import Rows, read_table
+from pyra.tasks.data.columns import FOUND, Columns
+from pyra.tasks.data.folders import Splits, divide, finish, split_of
+from pyra.tasks.data.rows import Rows, read_table
 
 _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?(?:@([\w./-]+))?", re.ASCII)
 _CONFIGS = re.compile(r"available configs: \[(.*?)\]|Available: \[(.*?)\]", re.DOTALL)
@@ -61,8 +61,8 @@ class HubId:
 def read_hub(source: HubId, columns: Columns = FOUND) -> tuple[Splits, str]:
     """Fetch the splits of a data set (at least ``train`` and ``test``) and say in a sentence how they were found.
 
-    Splits are told by their names, as files are (:mod:`pyra.tasks.folders`); those of other names are left out. What
-    was fetched before is read from the cache of the `datasets` library, also without a network.
+    Splits are told by their names, as files are (:mod:`pyra.tasks.data.folders`); those of other names are left out.
+    What was fetched before is read from the cache of the `datasets` library, also without a network.
 
     Raises:
         HubError: where it cannot be fetched.

@@ -14,7 +14,7 @@ from typing import Any
 from pyra.errors import DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
-from pyra.tasks.cards import TaskCard
+from pyra.tasks.data.cards import TaskCard
 
 FILE = "pyra_task.json"
 FORMAT = 1
@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """A split: how many images, and the SHA-256 of images and labels (:func:`pyra.tasks.decoding.split_digest`)."""
+    """A split: how many images, and their SHA-256, labels included (:func:`pyra.tasks.data.decoding.split_digest`)."""
 
     images: int
     sha256: str

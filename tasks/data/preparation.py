@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 
 from pyra.errors import DataError, OutputError
 from pyra.files import atomic_path
-from pyra.tasks.cards import TaskCard
-from pyra.tasks.columns import FOUND, Columns
-from pyra.tasks.data import load_task
-from pyra.tasks.decoding import split_digest, stored_bytes
-from pyra.tasks.manifest import Manifest, SplitRecord, check_prepared
-from pyra.tasks.rows import read_parquet, to_dataset
-from pyra.tasks.sources import TUNING, MissingData, Source, check_classes, in_parts, listed, load_splits
+from pyra.tasks.data.cards import TaskCard
+from pyra.tasks.data.columns import FOUND, Columns
+from pyra.tasks.data.decoding import split_digest, stored_bytes
+from pyra.tasks.data.manifest import Manifest, SplitRecord, check_prepared
+from pyra.tasks.data.rows import read_parquet, to_dataset
+from pyra.tasks.data.sources import TUNING, MissingData, Source, check_classes, in_parts, listed, load_splits
+from pyra.tasks.data.task import load_task
 
 SPLITS = (*TUNING, "test")
 _BATCH = 256  # images in memory at once, and in a row group

@@ -143,4 +143,4 @@ def read_card(path: Path) -> TaskCard:
 
 
 def _root() -> Path:
-    return Path(__file__).parent
+    return Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pyra.errors import ConfigError, DataError, did_you_mean
-from pyra.tasks.decoding import INTERPOLATIONS, decode_row, decoded, squash, summary, unreadable_rows
-from pyra.tasks.pixel_cache import PixelCache, Pixels
+from pyra.tasks.data.decoding import INTERPOLATIONS, decode_row, decoded, squash, summary, unreadable_rows
+from pyra.tasks.data.pixel_cache import PixelCache, Pixels
 
 MEMORY_LIMIT = 2 * 1024**3
 """Decoded bytes up to which a data set is kept in memory where there is no cache."""

@@ -11,14 +11,14 @@ from pathlib import Path
 import datasets
 
 from pyra.errors import DataError
-from pyra.tasks.cards import load_card
-from pyra.tasks.columns import FOUND, Columns
-from pyra.tasks.data import Task, load_task
-from pyra.tasks.decoding import decoded, split_digest, summary, unreadable_rows
+from pyra.tasks.data.cards import load_card
+from pyra.tasks.data.columns import FOUND, Columns
+from pyra.tasks.data.decoding import decoded, split_digest, summary, unreadable_rows
+from pyra.tasks.data.manifest import Manifest, check_prepared
+from pyra.tasks.data.sources import TUNING, MissingData
+from pyra.tasks.data.task import Task, load_task
 from pyra.tasks.language.cards import is_text_task
 from pyra.tasks.language.validation import check_text_task
-from pyra.tasks.manifest import Manifest, check_prepared
-from pyra.tasks.sources import TUNING, MissingData
 
 _SHOWN = 5
 

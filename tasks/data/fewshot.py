@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 from pyra.errors import DataError
-from pyra.tasks.data import Task
-from pyra.tasks.draws import few_of_each, rows_by_class
+from pyra.tasks.data.draws import few_of_each, rows_by_class
+from pyra.tasks.data.task import Task
 
 _VALIDATION = ("validation", "val200")
 _NAMED = 5

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from pyra.errors import ConfigError, DataError
-from pyra.tasks import pixel_cache
-from pyra.tasks.data import image_dataset, load_task
-from pyra.tasks.decoding import split_digest
-from pyra.tasks.images import ImageDataset
-from pyra.tasks.pixel_cache import GIB, PixelCache, default_cache
+from pyra.tasks.data import pixel_cache
+from pyra.tasks.data.decoding import split_digest
+from pyra.tasks.data.images import ImageDataset
+from pyra.tasks.data.pixel_cache import GIB, PixelCache, default_cache
+from pyra.tasks.data.task import image_dataset, load_task
 
 SIDE = 96  # 40 images make more than SMALLEST
 MEAN_STD = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)}
@@ -45,7 +45,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(pixel_cache, "decoded", fail)
-    monkeypatch.setattr("pyra.tasks.images.decoded", fail)
+    monkeypatch.setattr("pyra.tasks.data.images.decoded", fail)
 
 
 def make(rows: datasets.Dataset, cache: PixelCache | None, **changes: Any) -> ImageDataset:

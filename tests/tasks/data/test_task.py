@@ -13,10 +13,11 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from pyra.errors import ConfigError, DataError
-from pyra.tasks import images
-from pyra.tasks.cards import load_card
-from pyra.tasks.data import image_dataset, load_task, task_names
-from pyra.tasks.decoding import decode_image
+from pyra.tasks import demo as shipped
+from pyra.tasks.data import images
+from pyra.tasks.data.cards import load_card
+from pyra.tasks.data.decoding import decode_image
+from pyra.tasks.data.task import image_dataset, load_task, task_names
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CLASSES = ["cat", "dog"]
@@ -88,7 +89,7 @@ def test_demo_becomes_normalised_tensors(demo):
 
 
 def test_demo_data_fits_the_package():
-    folder = os.path.dirname(images.__file__) + "/demo"
+    folder = os.path.dirname(shipped.__file__)
     assert (
         sum(os.path.getsize(f"{folder}/{name}") for name in os.listdir(folder) if name.endswith(".parquet"))
         <= 8 * 2**20
@@ -132,7 +133,7 @@ def test_task_card_is_checked(tmp_path, monkeypatch, change, message):
         "metric": "accuracy", "higher_is_better": True, "preprocessing": "squash",
         "files": {"train": "train.parquet", "test": "test.parquet"},
     }  # fmt: skip
-    monkeypatch.setattr("pyra.tasks.cards._root", lambda: tmp_path)
+    monkeypatch.setattr("pyra.tasks.data.cards._root", lambda: tmp_path)
     file = tmp_path / "mine" / "task.yaml"
     file.write_text(yaml.safe_dump(card))
     assert load_task("mine").labels == ("cat", "dog")

@@ -10,15 +10,15 @@ import datasets
 import pyarrow as pa
 
 from pyra.errors import DataError
-from pyra.tasks import sprites
-from pyra.tasks.cards import TaskCard
-from pyra.tasks.columns import Columns, shorten
-from pyra.tasks.draws import stratified
-from pyra.tasks.folders import Splits, read_splits
-from pyra.tasks.hub import HubError, HubId, read_hub
-from pyra.tasks.manifest import FILE as MANIFEST
-from pyra.tasks.manifest import check_prepared
-from pyra.tasks.rows import IMAGE, ListError, Rows, read_image_list, to_dataset
+from pyra.tasks.data import sprites
+from pyra.tasks.data.cards import TaskCard
+from pyra.tasks.data.columns import Columns, shorten
+from pyra.tasks.data.draws import stratified
+from pyra.tasks.data.folders import Splits, read_splits
+from pyra.tasks.data.hub import HubError, HubId, read_hub
+from pyra.tasks.data.manifest import FILE as MANIFEST
+from pyra.tasks.data.manifest import check_prepared
+from pyra.tasks.data.rows import IMAGE, ListError, Rows, read_image_list, to_dataset
 
 TUNING = ("train800", "val200")
 PARTS = {"train800": 800, "val200": 200}
@@ -57,7 +57,7 @@ def load_splits(card: TaskCard, home: Path, root: str | Path | None) -> Source:
     if card.kind == "sprites":
         if root is not None and (Path(root).expanduser() / card.name / MANIFEST).is_file():
             return listed(card, Path(root).expanduser() / card.name)
-        return Source(named(_drawn(card)), "drawn by pyra.tasks.sprites", own_draw=True)
+        return Source(named(_drawn(card)), "drawn by pyra.tasks.data.sprites", own_draw=True)
     if card.kind == "lists":
         if root is None and card.hub:
             try:

@@ -1,7 +1,7 @@
 """Tasks: finding them by name or folder, and their splits as data sets of tensors.
 
-A shipped task has a card (:mod:`pyra.tasks.cards`); ``load_task(data=...)`` makes one from a user's folder (layouts:
-:mod:`pyra.tasks.folders`) or from a data set of the hub.
+A shipped task has a card (:mod:`pyra.tasks.data.cards`); ``load_task(data=...)`` makes one from a user's folder
+(layouts: :mod:`pyra.tasks.data.folders`) or from a data set of the hub.
 
     >>> task = load_task("demo")
     >>> task.name, len(task.labels), sorted(task.splits)
@@ -19,14 +19,14 @@ from pathlib import Path
 import datasets
 
 from pyra.errors import DataError, did_you_mean
-from pyra.tasks.cards import card_files, load_card
-from pyra.tasks.columns import FOUND, Columns
-from pyra.tasks.decoding import split_digest
-from pyra.tasks.folders import read_folder
-from pyra.tasks.hub import HubError, HubId, read_hub
-from pyra.tasks.images import ImageDataset
-from pyra.tasks.pixel_cache import default_cache
-from pyra.tasks.sources import load_splits
+from pyra.tasks.data.cards import card_files, load_card
+from pyra.tasks.data.columns import FOUND, Columns
+from pyra.tasks.data.decoding import split_digest
+from pyra.tasks.data.folders import read_folder
+from pyra.tasks.data.hub import HubError, HubId, read_hub
+from pyra.tasks.data.images import ImageDataset
+from pyra.tasks.data.pixel_cache import default_cache
+from pyra.tasks.data.sources import load_splits
 
 __all__ = ["ImageDataset", "Task", "image_dataset", "load_task", "split_digest", "task_names"]
 
@@ -68,8 +68,8 @@ def load_task(
 
     Args:
         task: name of a card.
-        data: a folder, a parquet file, or a data set of the Hugging Face hub (:class:`pyra.tasks.hub.HubId`); what lies
-            here wins.
+        data: a folder, a parquet file, or a data set of the Hugging Face hub (:class:`pyra.tasks.data.hub.HubId`); what
+            lies here wins.
         root: folder with the data of shipped tasks that bring none, by default what ``PYRA_DATA`` says.
         columns: of parquet files and data sets of the hub, where they cannot be told by type and name.
 
@@ -139,10 +139,10 @@ def image_dataset(
     limit: int | None = None,
     cache: bool = True,
 ) -> ImageDataset:
-    """Decode a split into normalised tensors (see :class:`~pyra.tasks.images.ImageDataset`).
+    """Decode a split into normalised tensors (see :class:`~pyra.tasks.data.images.ImageDataset`).
 
     ``limit`` keeps that many images, drawn with a fixed seed and left in their order. With ``cache`` decoded images are
-    kept where :func:`pyra.tasks.pixel_cache.default_cache` says.
+    kept where :func:`pyra.tasks.data.pixel_cache.default_cache` says.
 
     Raises:
         DataError: unknown split, an empty one, or images that cannot be read.

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pyra.errors import ConfigError, DataError
-from pyra.tasks.data import Task, load_task
-from pyra.tasks.draws import few_of_each, stratified
-from pyra.tasks.fewshot import few_shot
+from pyra.tasks.data.draws import few_of_each, stratified
+from pyra.tasks.data.fewshot import few_shot
+from pyra.tasks.data.task import Task, load_task
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import task_for, task_of_run
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pyra.tasks import sprites
-from pyra.tasks.data import load_task
+from pyra.tasks.data import sprites
+from pyra.tasks.data.task import load_task
 
 
 def test_factors_count_as_published() -> None:

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from pyra.errors import ConfigError, DataError
-from pyra.tasks import hub
-from pyra.tasks.columns import Columns
-from pyra.tasks.data import image_dataset, load_task
-from pyra.tasks.hub import HubId
+from pyra.tasks.data import hub
+from pyra.tasks.data.columns import Columns
+from pyra.tasks.data.hub import HubId
+from pyra.tasks.data.task import image_dataset, load_task
 from pyra.tasks.options import RunOptions
 from pyra.tasks.runs import task_for
 

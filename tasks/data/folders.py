@@ -21,8 +21,8 @@ from pathlib import Path
 import datasets
 
 from pyra.errors import DataError
-from pyra.tasks.columns import FOUND, Columns
-from pyra.tasks.rows import Rows, class_folders, read_image_folder, read_parquet, to_dataset
+from pyra.tasks.data.columns import FOUND, Columns
+from pyra.tasks.data.rows import Rows, class_folders, read_image_folder, read_parquet, to_dataset
 
 TEST_SHARE = 0.2
 SPLIT_SEED = 0

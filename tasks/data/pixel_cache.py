@@ -33,7 +33,7 @@ from PIL import Image
 from pyra.errors import ConfigError
 from pyra.files import atomic_path, read_json, write_json
 from pyra.records import record_problems
-from pyra.tasks.decoding import decoded, split_digest
+from pyra.tasks.data.decoding import decoded, split_digest
 
 FOLDER, LIMIT, OFF = "PYRA_CACHE", "PYRA_CACHE_LIMIT", ("off", "none", "0", "false", "no")
 """Environment variables: where the cache lies (or one of ``OFF``), and its size in GiB."""

@@ -13,13 +13,13 @@ from PIL import Image
 
 from pyra.errors import ConfigError, DataError, OutputError
 from pyra.scripts import tasks
-from pyra.tasks import preparation
-from pyra.tasks.cards import TaskCard, card_files, load_card
-from pyra.tasks.data import load_task
-from pyra.tasks.decoding import split_digest
-from pyra.tasks.manifest import FILE, read_manifest
-from pyra.tasks.preparation import prepare
-from pyra.tasks.validation import validate
+from pyra.tasks.data import preparation
+from pyra.tasks.data.cards import TaskCard, load_card
+from pyra.tasks.data.decoding import split_digest
+from pyra.tasks.data.manifest import FILE, read_manifest
+from pyra.tasks.data.preparation import prepare
+from pyra.tasks.data.task import load_task
+from pyra.tasks.data.validation import validate
 
 CARD, HOME = load_card("kitti")  # four classes
 SPLITS = ["test.parquet", "train800.parquet", "val200.parquet"]
@@ -100,11 +100,11 @@ def test_lists_are_taken_as_they_are(how: str, tmp_path: Path, lists: Path) -> N
 
 def test_drawn_sprites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card, home = load_card("dsprites_ori")
-    monkeypatch.setattr("pyra.tasks.sources.load_card", None, raising=False)
+    monkeypatch.setattr("pyra.tasks.data.sources.load_card", None, raising=False)
     small = TaskCard(**{**card.__dict__, "splits": {"train800": 800, "val200": 200, "test": 100}})
     done = prepare(small, home, tmp_path)
     assert done.draw == "own" and done.images["test"] == 100
-    from pyra.tasks.sources import load_splits
+    from pyra.tasks.data.sources import load_splits
 
     drawn, read = load_splits(small, home, None), load_splits(small, home, tmp_path)
     assert read.where == str(tmp_path / "dsprites_ori") and drawn.where != read.where
@@ -259,7 +259,7 @@ def test_a_suite_goes_on_after_a_task_that_has_no_source(
     monkeypatch.delenv("PYRA_DATA", raising=False)
     made(tmp_path / "a", photos)
     cards = [load_card(name)[0] for name in ("kitti", "svhn", "dtd")]
-    monkeypatch.setattr("pyra.tasks.cards.suite_cards", lambda _: cards)
+    monkeypatch.setattr("pyra.tasks.data.cards.suite_cards", lambda _: cards)
     assert tasks.main(["prepare", "vtab-1k", "--root", str(tmp_path / "a"), "--output", str(tmp_path / "b")]) == 2
     said = capsys.readouterr().out
     assert "1 of 3 tasks are in" in said and (tmp_path / "b" / "kitti" / FILE).is_file()
@@ -289,11 +289,10 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert tasks.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"  {verb} " in said for verb in ("ls", "validate", "prepare", "cache")) and "example:" in said
-    assert len(card_files()) == 20
 
 
 def test_cache_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyra.tasks.data import image_dataset
+    from pyra.tasks.data.task import image_dataset
 
     assert tasks.main(["cache"]) == 0 and "the cache is off" in capsys.readouterr().out
     monkeypatch.setenv("PYRA_CACHE", str(tmp_path))

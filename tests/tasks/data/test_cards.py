@@ -16,10 +16,10 @@ from PIL import Image
 
 from pyra.errors import ConfigError, DataError
 from pyra.scripts import tasks
-from pyra.tasks.cards import card_files, load_card, suite_cards, suite_folders
-from pyra.tasks.data import load_task
-from pyra.tasks.rows import read_image_list
-from pyra.tasks.validation import validate, validate_data
+from pyra.tasks.data.cards import card_files, load_card, suite_cards, suite_folders
+from pyra.tasks.data.rows import read_image_list
+from pyra.tasks.data.task import load_task
+from pyra.tasks.data.validation import validate, validate_data
 
 # Groups, classes: arXiv 1910.04867; the published table of the benchmark.
 VTAB = {
@@ -228,7 +228,7 @@ def test_what_a_suite_lacks_is_one_message(
     kitti: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = [card for card in suite_cards("vtab-1k") if card.kind != "sprites"]  # drawing takes seconds
-    monkeypatch.setattr("pyra.tasks.cards.suite_cards", lambda suite: drawn)
+    monkeypatch.setattr("pyra.tasks.data.cards.suite_cards", lambda suite: drawn)
     rewritten(kitti, "train800", lambda lines: ["images/none.png 0", *lines[1:]])
     assert tasks.main(["validate", "vtab-1k", "--root", str(kitti)]) == 2
     said = capsys.readouterr().out.splitlines()
@@ -317,6 +317,6 @@ def test_cards_are_checked(
     values = yaml.safe_load(card_files()["demo"].read_text())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "task.yaml").write_text(yaml.safe_dump({**values, **change}))
-    monkeypatch.setattr("pyra.tasks.cards._root", lambda: tmp_path)
+    monkeypatch.setattr("pyra.tasks.data.cards._root", lambda: tmp_path)
     with pytest.raises(DataError, match=said):
         load_card("mine")

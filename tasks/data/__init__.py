@@ -1,0 +1,1 @@
+"""Tasks as data: cards, where images come from, data sets of tensors; decoded once, checked before training."""
