@@ -11,7 +11,7 @@ from pyra.errors import ConfigError
 from pyra.scripts.cli import parse, peek
 
 if TYPE_CHECKING:
-    from pyra.tasks.language.options import LanguageOptions
+    from pyra.tasks.language.series import SeriesOptions
     from pyra.tasks.protocols.options import ExperimentOptions
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about_texts = is_text_task(peek(argv, "task"))
     options = _language_options(argv) if about_texts else _options(argv)
     from pyra.tasks.fitting import processes
-    from pyra.tasks.language.options import LanguageOptions
+    from pyra.tasks.language.series import SeriesOptions
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     try:
-        if isinstance(options, LanguageOptions):
+        if isinstance(options, SeriesOptions):
             return _language(options)
         return _single(options) if options.is_single() else _several(options)
     finally:
@@ -78,16 +78,15 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
     )
 
 
-def _language_options(argv: Sequence[str] | None) -> LanguageOptions:
-    from pyra.tasks.language.options import METHODS, LanguageOptions
+def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
+    from pyra.tasks.language.options import METHODS
+    from pyra.tasks.language.series import SeriesOptions
 
-    for name in ("protocol", "seeds", "tune", "patience"):
+    for name in ("protocol", "tune", "patience"):
         if peek(argv, name) is not None:
-            raise ConfigError(
-                f"--{name} is not for language tasks yet: give each --seed an --output, pyra results puts them together"
-            )
+            raise ConfigError(f"--{name} is not for language tasks yet: their runs end with the last epoch")
     return parse(
-        LanguageOptions,
+        SeriesOptions,
         argv,
         prog="pyra train",
         description=(
@@ -143,18 +142,23 @@ def _several(options: ExperimentOptions) -> int:
     return 0
 
 
-def _language(options: LanguageOptions) -> int:
+def _language(options: SeriesOptions) -> int:
     from pyra.tasks.fitting import processes
     from pyra.tasks.language.training import train_language
     from pyra.tasks.reports import results_table
+    from pyra.tasks.reports.report import report
 
-    result, notes = train_language(options)
+    series = options.runs()
+    found = [train_language(run) for run in series]
     if not processes.is_main():
         return 0
-    print(results_table([result]))
-    for note in notes:
+    if len(series) > 1:
+        print(report([options.output]).text)
+    else:
+        print(results_table([result for result, _ in found]))
+    for note in dict.fromkeys(note for _, notes in found for note in notes):
         print(note)
-    print(f"saved to {options.output}; next: pyra evaluate {options.output}")
+    print(f"saved to {options.output}; next: pyra evaluate {series[0].output}")
     return 0
 
 

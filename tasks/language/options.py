@@ -73,7 +73,7 @@ class LanguageOptions:
         """Check all options together; raises :class:`ConfigError` with every problem."""
         if isinstance(self.track, list):  # from JSON
             self.track = tuple(self.track)
-        problems = type_problems(LanguageOptions, {f.name: getattr(self, f.name) for f in fields(self)})
+        problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
         if self.rate is not None or self.schedule is not None or self.method in ("tome", "pyra"):

@@ -103,10 +103,11 @@ def test_the_table_of_results_holds_texts_beside_images(
     backbones: dict[str, Path], root: Path, tmp_path: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
-    for seed in (0, 1):
-        for method in ("lora", "linear"):
-            name = runs / f"{method}-{seed}"
-            train_language(options(backbones["bert"], root, name, method=method, seed=seed, epochs=1))
+    texts = ["train", "--task", "sst2", "--backbone", str(backbones["bert"]), "--root", str(root), "--epochs", "1"]
+    for method in ("lora", "linear"):
+        own = ["--method", method, "--seeds", "2", "--device", "cpu", "--output", str(runs / method)]
+        assert main([*texts, *own]) == 0
+    assert sorted(path.name for path in (runs / "lora").iterdir()) == ["seed-0", "seed-1"]
     sums = options(backbones["llama"], root, runs / "g", task="gsm8k", epochs=1, max_new_tokens=4)
     train_language(sums)
     given = ["train", "--task", "demo", "--method", "lora", "--backbone", str(tiny_backbone), "--epochs", "0.1"]
