@@ -23,6 +23,7 @@ from pyra.tasks.data.images import ImageDataset
 from pyra.tasks.fitting import checkpoints
 from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
 from pyra.tasks.fitting.averaging import MovingAverage
+from pyra.tasks.fitting.callbacks import EpochScores, MovingRanks, StepStart, StopAfter, evaluating, scores_of
 from pyra.tasks.fitting.clock import Clock
 from pyra.tasks.fitting.loop import (
     losses_of,
@@ -33,15 +34,7 @@ from pyra.tasks.fitting.loop import (
     training_arguments,
     where_to_go_on,
 )
-from pyra.tasks.fitting.trainer import (
-    EpochScores,
-    ImageTrainer,
-    MovingRanks,
-    StepStart,
-    StopAfter,
-    evaluating,
-    scores_of,
-)
+from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import RunOptions
 from pyra.tasks.probing import FeatureStore, frozen_features, probe_of
 from pyra.tasks.runs import DTYPES

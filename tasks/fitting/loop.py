@@ -16,7 +16,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState, Traini
 
 from pyra.errors import TrainingError
 from pyra.tasks.fitting import checkpoints, processes
-from pyra.tasks.fitting.trainer import KeepingTrainer, ProgressBar, Sealing
+from pyra.tasks.fitting.callbacks import ProgressBar, Sealing
+from pyra.tasks.fitting.trainer import KeepingTrainer
 
 _LOGGED = ("step", "epoch", "loss", "learning_rate")
 

@@ -1,24 +1,20 @@
-"""The trainer of classifiers, and what accompanies it step by step."""
+"""Trainers: what their checkpoints hold, and the loss of a classifier of images."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.elastic import RateSampler, StepPart, distillation_loss, uncompressed
-from pyra.errors import TrainingError
 from pyra.tasks.fitting import checkpoints, processes
-from pyra.tasks.fitting.augmentation import AugmentedImages, Mixing
+from pyra.tasks.fitting.augmentation import Mixing
 
 
 class Kept(Protocol):
@@ -118,164 +114,3 @@ class ImageTrainer(KeepingTrainer):
         if self.part is not None:
             loss = self.part.weight * loss
         return (loss, {"logits": logits}) if return_outputs else loss
-
-
-class Sealing(TrainerCallback):
-    """Asks for a checkpoint at the end of every epoch, and declares one complete when every process wrote its part."""
-
-    def __init__(self, steps_an_epoch: int) -> None:
-        self.steps_an_epoch = steps_an_epoch
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for one."""
-        if state.global_step % self.steps_an_epoch == 0 or state.global_step == state.max_steps:
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seal it."""
-        processes.wait()
-        if processes.is_main():
-            checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-
-
-class StepStart(TrainerCallback):
-    """Tells augmentation where the training stands."""
-
-    def __init__(self, trainer: ImageTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Name the epoch; a resumed one goes on with its own."""
-        if isinstance(self.trainer.train_dataset, AugmentedImages):
-            self.trainer.train_dataset.epoch = int(state.epoch or 0)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count the batches of a step from 0."""
-        self.trainer.micro_batch = 0
-
-
-class MovingRanks(TrainerCallback):
-    """AdaLoRA's ranks move after each optimiser step."""
-
-    def __init__(self, ranks: RankAllocation) -> None:
-        self.ranks = ranks
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Move them while the gradients are there."""
-        self.ranks.update(state.global_step + 1)
-
-
-class EpochScores(TrainerCallback):
-    """Scores the model at the end of every epoch, as it would be deployed but for the folding.
-
-    Args:
-        trainer: whose log the scores enter: ``{"score": value}``.
-        model: that is trained.
-        score: scores it.
-        steps_an_epoch: optimiser steps.
-        higher_is_better: the direction of the score.
-        patience: stop after so many epochs without a better score.
-        keep_best: remember the weights of the best epoch, the first of equals.
-    """
-
-    def __init__(
-        self,
-        trainer: ImageTrainer,
-        model: nn.Module,
-        score: Callable[[], float],
-        steps_an_epoch: int,
-        *,
-        higher_is_better: bool = True,
-        patience: int | None = None,
-        keep_best: bool = False,
-    ) -> None:
-        self.trainer, self.model, self.score = trainer, model, score
-        self.steps_an_epoch, self.sign = steps_an_epoch, 1 if higher_is_better else -1
-        self.patience, self.keep_best = patience, keep_best
-        self.best: dict[str, Tensor] = {}
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Score at the end of an epoch, before the checkpoint is written."""
-        if state.global_step % self.steps_an_epoch and state.global_step != state.max_steps:
-            return
-        earlier = [self.sign * value for _, value in scores_of(state)]
-        value = self.sign * self.score()
-        self.trainer.log({"score": self.sign * value})
-        if not earlier or value > max(earlier):
-            if self.keep_best:
-                self.best = checkpoints.trained_tensors(self.model)
-        elif self.patience is not None and len(earlier) - earlier.index(max(earlier)) >= self.patience:
-            control.should_training_stop = True
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the best weights so far."""
-        return self.best
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the best weights up again."""
-        self.best = dict(tensors)
-
-
-def scores_of(state: TrainerState) -> list[tuple[float, float]]:
-    """Return epoch and score of every epoch that was scored."""
-    return [(entry["epoch"], entry["score"]) for entry in state.log_history if "score" in entry]
-
-
-class StopAfter(TrainerCallback):
-    """Ends the training after so many epochs of a schedule that is longer."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop at the step."""
-        if state.global_step >= self.step:
-            control.should_training_stop = True
-
-
-class ProgressBar(TrainerCallback):
-    """One tqdm bar a run, with the loss beside it."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.bar: Any = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar."""
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", leave=False
-        )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Advance by one step."""
-        self.bar.update(1)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Show the newest loss, and stop where it is no number any more."""
-        if logs and "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise TrainingError(
-                    f"the loss is {logs['loss']} at step {state.global_step}: training diverged; lower --lr"
-                    + (" or use --dtype bfloat16" if args.fp16 else "")
-                )
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", epoch=f"{state.epoch:.1f}")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-
-def evaluating(stack: ExitStack, model: nn.Module) -> None:
-    """Put a model into evaluation mode until the stack ends, each module then as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-
-    def back() -> None:
-        for module, mode in modes:
-            module.training = mode
-
-    stack.callback(back)
-    model.eval()

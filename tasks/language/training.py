@@ -17,6 +17,7 @@ from pyra.adapters.recipe import parameter_groups
 from pyra.errors import ConfigError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.fitting import processes
+from pyra.tasks.fitting.callbacks import MovingRanks
 from pyra.tasks.fitting.clock import Clock
 from pyra.tasks.fitting.fit import Fitted, forget_checkpoints
 from pyra.tasks.fitting.loop import (
@@ -28,7 +29,7 @@ from pyra.tasks.fitting.loop import (
     training_arguments,
     where_to_go_on,
 )
-from pyra.tasks.fitting.trainer import KeepingTrainer, MovingRanks
+from pyra.tasks.fitting.trainer import KeepingTrainer
 from pyra.tasks.language.answering import Asking, Scored, answer
 from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest

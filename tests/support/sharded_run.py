@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 
 from pyra.scripts.main import main
 from pyra.tasks.fitting import checkpoints
-from pyra.tasks.fitting.trainer import ProgressBar
+from pyra.tasks.fitting.callbacks import ProgressBar
 
 plain_state, plain_step = PartialState.__init__, ProgressBar.on_step_end
 

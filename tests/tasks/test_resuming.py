@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from pyra.errors import DataError, OutputError
 from pyra.tasks.fitting import checkpoints
-from pyra.tasks.fitting.trainer import ImageTrainer, ProgressBar
+from pyra.tasks.fitting.callbacks import ProgressBar
+from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import RunOptions
 from pyra.tasks.training import train
 

@@ -13,7 +13,8 @@ import pytest
 
 from pyra.errors import ConfigError, DataError, OutputError
 from pyra.scripts.main import main
-from pyra.tasks.fitting.trainer import KeepingTrainer, ProgressBar
+from pyra.tasks.fitting.callbacks import ProgressBar
+from pyra.tasks.fitting.trainer import KeepingTrainer
 from pyra.tasks.language.evaluation import Evaluation, evaluate_backbone, evaluate_language_run
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.training import train_language
