@@ -137,9 +137,14 @@ def _several(options: ExperimentOptions) -> int:
     write_text(folder / "summary.md", report([str(folder)], style="markdown", against=against).text)
     print(report([str(folder)], against=against).text)
     if options.protocol is not None:
-        print(f"chosen: {results[0].chosen} ({results[0].selection}); tried: {folder / 'selection.json'}")
+        chosen = ", ".join(f"{name} {_short(value)}" for name, value in (results[0].chosen or {}).items())
+        print(f"chosen: {chosen or 'the best epoch of each run'} ({results[0].selection})")
     print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")
     return 0
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _language(options: SeriesOptions) -> int:

@@ -164,7 +164,9 @@ def put_right(folder: Path, kind: Kind) -> None:
     """End a swap that was cut off, and remove what interrupted outputs left that is worth nothing."""
     for entry in folder.glob(f"{_PARTIAL}*"):
         swapping = (entry / _JOURNAL).is_file()
-        if (not swapping and _kind_of(entry) != kind) or _in_use(entry):
+        # The claim moves last: where it is gone from the entry, the folder has it.
+        ours = folder if swapping and not (entry / CLAIM_FILE).exists() else entry
+        if _kind_of(ours) != kind or entry.is_symlink() or _in_use(entry):
             continue
         if swapping:
             _go_on_swapping(entry, folder)
@@ -243,14 +245,42 @@ def _swap_in(staging: Path, folder: Path, kind: Kind) -> None:
     A journal says what is to be moved, so that a swap whose process was killed can be ended by the next one.
     """
     old = [entry.name for entry in folder.iterdir() if any(fnmatch.fnmatch(entry.name, p) for p in WRITTEN[kind])]
+    _sweep(staging)
     new = [entry.name for entry in staging.iterdir() if entry.name not in _OWN]
     (staging / _REPLACED).mkdir(exist_ok=True)
     write_json(staging / _JOURNAL, {"old": old, "new": new})
     _go_on_swapping(staging, folder)
 
 
+def _sweep(staging: Path) -> None:
+    """Remove what a killed process left of files it was writing, and checkpoints nobody goes on from any more."""
+    shutil.rmtree(staging / "checkpoints", ignore_errors=True)
+    for place in (staging, *(staging / name for name in _INSIDE if (staging / name).is_dir())):
+        for entry in [e for e in place.iterdir() if e.name.startswith(".") and e.name not in _OWN]:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _read_journal(staging: Path) -> dict[str, list[str]]:
+    """Read what a swap was to move: names in the folder itself, never a path out of it."""
+    try:
+        journal = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
+        lists = [journal["old"], journal["new"]]
+        names = [name for names in lists for name in names]
+        sound = all(isinstance(names, list) for names in lists) and all(
+            isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise OutputError(f"{staging / _JOURNAL} is damaged: look at {staging}, remove it, and start again")
+    return {"old": lists[0], "new": lists[1]}
+
+
 def _go_on_swapping(staging: Path, folder: Path) -> None:
-    journal = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
+    journal = _read_journal(staging)
     aside = staging / _REPLACED
     moved: list[tuple[Path, Path]] = []
 

@@ -49,9 +49,13 @@ class Begin:
         return cls(options.output, stored_options(options), name, data, options.resume, options.overwrite)
 
 
-def finished(options: RunOptions) -> RunResult | None:
-    """Return the result of a run with these options that is complete, or None."""
-    return finished_as(Begin.of(options))
+def finished(options: RunOptions, task: Task) -> RunResult | None:
+    """Return the result of a run with these options that is complete, or None.
+
+    Raises:
+        DataError: where it was made from other data of the task.
+    """
+    return finished_as(Begin.of(options, task))
 
 
 def finished_as(begin: Begin) -> RunResult | None:
@@ -59,16 +63,24 @@ def finished_as(begin: Begin) -> RunResult | None:
     return read_result(begin.output) if _is_finished(begin, "run", RESULT_FILE) else None
 
 
-def is_finished(options: RunOptions, kind: Kind, file: str) -> bool:
-    """Whether the output folder holds the last file of a complete run with these options."""
-    return _is_finished(Begin.of(options), kind, file)
+def is_finished(options: RunOptions, task: Task, kind: Kind, file: str) -> bool:
+    """Whether the output folder holds the last file of a complete run with these options.
+
+    Raises:
+        DataError: where it was made from other data of the task.
+    """
+    return _is_finished(Begin.of(options, task), kind, file)
 
 
 def _is_finished(begin: Begin, kind: Kind, file: str) -> bool:
     folder = Path(begin.output).expanduser()
     if folder.is_dir():
         put_right(folder, kind)
-    return (folder / file).is_file() and _differing(folder, begin.options) == []
+    if not (folder / file).is_file() or _differing(folder, begin.options) != []:
+        return False
+    if begin.data is not None and _read(folder / DATA) != begin.data:
+        raise DataError(f"{folder} was made from other data of {begin.name}: give another --output, or --overwrite")
+    return True
 
 
 @contextmanager

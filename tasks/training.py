@@ -74,7 +74,7 @@ def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
     task = task_for(options)
     refuse_output_in_data(options)
     if options.resume:
-        earlier = processes.on_main(lambda: finished(options))
+        earlier = processes.on_main(lambda: finished(options, task))
         if earlier is not None:
             return earlier
     model = new_model(options, len(task.labels))

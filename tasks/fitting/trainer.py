@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from pyra.adapters.adalora import RankAllocation
@@ -39,6 +40,15 @@ class KeepingTrainer(Trainer):
         super().__init__(**kwargs)
         self.make_optimizer = make_optimizer
         self.kept: dict[str, Kept] = {}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Whole steps only: with accumulated gradients the last one would else have fewer parts than the others."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        whole = len(data) // step * step
+        if not self.args.dataloader_drop_last or not whole:
+            return super()._get_train_sampler(train_dataset)
+        return RandomSampler(data, num_samples=whole)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimiser."""

@@ -70,8 +70,11 @@ def _opened(options: ExperimentOptions) -> Path:
     folder = Path(options.output).expanduser()
     earlier: Any = None
     if options.resume and (folder / EXPERIMENT).is_file():
-        earlier = read_json(folder / EXPERIMENT)
-        names = differing(earlier, plain(options)) if isinstance(earlier, dict) else ["all"]
+        try:
+            earlier = read_json(folder / EXPERIMENT)
+        except ValueError:
+            raise OutputError(f"{folder / EXPERIMENT} is damaged: choose another --output, or --overwrite") from None
+        names = differing(earlier, plain(options)) if isinstance(earlier, dict) else ["none can be read"]
         if names:
             flags = ", ".join("--" + name.replace("_", "-") for name in names)
             raise OutputError(

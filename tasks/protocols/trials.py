@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from pyra.errors import TrainingError
+from pyra.errors import DataError, TrainingError
 from pyra.files import read_json, write_json
 from pyra.tasks.data.task import Task
 from pyra.tasks.fitting import processes
@@ -46,7 +46,7 @@ def judged(
         store: of the features of a probe.
     """
     device = ready(options)
-    if options.resume and processes.on_main(lambda: is_finished(options, "trial", FILE)):
+    if options.resume and processes.on_main(lambda: is_finished(options, task, "trial", FILE)):
         return Trial(changes, _read(Path(options.output).expanduser() / FILE))
     model = new_model(options, len(task.labels))
     parts = dataclasses.replace(task, splits={**task.splits, "train": training, "watched": watched})
@@ -69,4 +69,7 @@ def judged(
 
 
 def _read(file: Path) -> list[tuple[float, float]]:
-    return [(epoch, score) for epoch, score in read_json(file)["scores"]]
+    try:
+        return [(float(epoch), float(score)) for epoch, score in read_json(file)["scores"]]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file} is damaged: remove its folder, and --resume tries that candidate again") from None

@@ -198,3 +198,39 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(Path("~/runs/a"), result_json="1")
     assert (tmp_path / "runs" / "a" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        '{"old": ["../victim"], "new": []}', '{"old": [], "new": ["../../victim"]}', '{"old": [".."], "new": []}',
+        '{"old":', "[1, 2]", '{"old": "adapter", "new": []}', '{"old": [1], "new": []}',
+    ],
+)  # fmt: skip
+def test_a_journal_that_leads_elsewhere_moves_nothing(journal: str, tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.mkdir()
+    (victim / "kept").touch()
+    staging = folder / ".partial-x"
+    (staging / ".replaced").mkdir(parents=True)
+    (staging / ".swap.json").write_text(journal)
+    (staging / ".pyra-run").write_text('{"kind": "run"}')
+    with pytest.raises(OutputError, match="damaged"), staged_output(folder, "run"):
+        pass
+    assert (victim / "kept").is_file()
+    (staging / ".pyra-run").unlink()  # nobody's: not even read
+    with staged_output(folder, "run", overwrite=True):
+        pass
+    assert (victim / "kept").is_file() and (staging / ".swap.json").is_file()
+
+
+def test_what_a_killed_writer_left_does_not_come_along(tmp_path: Path) -> None:
+    with staged_output(tmp_path / "run", "run") as staging:
+        (staging / "adapter").mkdir()
+        for name in ("result.json", ".result.json.x1", "adapter/adapter_config.json", "adapter/.adapter-x1"):
+            (staging / name).write_text("{}")
+        (staging / "checkpoints").mkdir()
+        (staging / "checkpoints" / "trained.safetensors").touch()
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [
+        ".pyra-run", "adapter", "adapter_config.json", "result.json",
+    ]  # fmt: skip

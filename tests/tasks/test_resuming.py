@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from pyra.errors import DataError, OutputError
@@ -180,3 +181,17 @@ def test_a_killed_process(
     assert not (run / "result.json").exists()
     train(options(tiny_backbone, run, resume=True))
     assert weights(run) == whole["{}"]
+
+
+def test_a_finished_run_of_other_data_is_not_taken_for_this_one(tiny_backbone: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for number in range(10):
+        for colour in ("red", "blue"):
+            (data / colour).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), colour).save(data / colour / f"{number}.png")
+    given = {"backbone": str(tiny_backbone), "data": str(data), "method": "linear", "epochs": 1, "device": "cpu"}
+    train(RunOptions(**given, output=str(tmp_path / "run")))
+    for number in range(10):
+        Image.new("RGB", (8, 8), "green").save(data / "red" / f"{number}.png")
+    with pytest.raises(DataError, match="made from other data"):
+        train(RunOptions(**given, output=str(tmp_path / "run"), resume=True))
