@@ -90,8 +90,8 @@ class RateSampler:
         if self.rule == "uniform":
             return (StepPart(self._between(draw.randint(0, self.steps_between + 1))),)
         other = self.highest if step % 2 else self._between(draw.randint(1, self.steps_between))
-        # Measured (results/elastic-*.json): one rate a step, in turn, loses 6 points at the lowest rate, where the
-        # features of high rates are of no use; this mix loses none there.
+        # With one rate a step, in turn, steps at high rates pull the weights away from what the lowest one needs
+        # (results/README.md has what either gives).
         return StepPart(self.lowest, 0.0, 0.75, 0.75), StepPart(other, 0.5, 1.0, 0.25)
 
     def _between(self, point: int) -> float:

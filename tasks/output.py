@@ -55,8 +55,9 @@ _INSIDE: dict[str, tuple[str, ...]] = {
 }
 """What pyra writes into folders of an output; with anything else in them they are not replaced."""
 
-_CHECKPOINTS = "checkpoints/checkpoint-*/complete.json"
-_WORTH_KEEPING: dict[Kind, tuple[str, ...]] = {"run": ("adapter", _CHECKPOINTS), "trial": (_CHECKPOINTS,)}
+_CHECKPOINTS = "checkpoints"
+_COMPLETE = f"{_CHECKPOINTS}/checkpoint-*/complete.json"
+_WORTH_KEEPING: dict[Kind, tuple[str, ...]] = {"run": ("adapter", _COMPLETE), "trial": (_COMPLETE,)}
 """What an interrupted output is kept for, as patterns."""
 
 _PARTIAL = ".partial-"
@@ -254,7 +255,7 @@ def _swap_in(staging: Path, folder: Path, kind: Kind) -> None:
 
 def _sweep(staging: Path) -> None:
     """Remove what a killed process left of files it was writing, and checkpoints nobody goes on from any more."""
-    shutil.rmtree(staging / "checkpoints", ignore_errors=True)
+    shutil.rmtree(staging / _CHECKPOINTS, ignore_errors=True)
     for place in (staging, *(staging / name for name in _INSIDE if (staging / name).is_dir())):
         for entry in [e for e in place.iterdir() if e.name.startswith(".") and e.name not in _OWN]:
             if entry.is_dir() and not entry.is_symlink():

@@ -55,6 +55,10 @@ class KeepingTrainer(Trainer):
         self.optimizer = self.make_optimizer()
         return self.optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, also where layers are sharded, of which ``Trainer`` would write nothing."""
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         inner = self.accelerator.unwrap_model(self.model)
         parts = {"model": checkpoints.trained_tensors(inner)}  # every process: shards are gathered

@@ -20,6 +20,8 @@ from pyra.errors import ConfigError, did_you_mean
 _RUNS_CODE = frozenset(
     {"class", "custom_dataset", "custom_generate", "hf_evaluate", "trust_remote_code", "unsafe_code", "use_prompt"}
 )
+# Builders of the `datasets` library whose files can hold pickles; only its newer versions refuse those.
+_UNPICKLED = frozenset({"pandas", "webdataset"})
 
 
 class _Tagged(yaml.YAMLError):
@@ -88,7 +90,9 @@ def _read(file: Path) -> tuple[Any, str | None]:
 def _problems(values: Any, metrics: Collection[str], inside: str = "") -> list[str]:
     """Look through everything in a file, whatever it is in."""
     if isinstance(values, dict):
-        found = [f"{key} may run code" for key, value in values.items() if key in _RUNS_CODE and value]
+        source = str(values.get("dataset_path"))
+        found = [f"dataset_path {source} may unpickle"] if source in _UNPICKLED else []
+        found += [f"{key} may run code" for key, value in values.items() if key in _RUNS_CODE and value]
         metric = values.get("metric")
         if isinstance(metric, str) and metric not in metrics and inside == "metric_list":
             close = did_you_mean(metric, metrics)

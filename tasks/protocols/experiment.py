@@ -11,6 +11,7 @@ summary.md        the table
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,11 @@ def _opened(options: ExperimentOptions) -> Path:
     folder = Path(options.output).expanduser()
     earlier: Any = None
     if options.resume and (folder / EXPERIMENT).is_file():
-        try:
+        with contextlib.suppress(ValueError):
             earlier = read_json(folder / EXPERIMENT)
-        except ValueError:
-            raise OutputError(f"{folder / EXPERIMENT} is damaged: choose another --output, or --overwrite") from None
-        names = differing(earlier, plain(options)) if isinstance(earlier, dict) else ["none can be read"]
+        if not isinstance(earlier, dict):
+            raise OutputError(f"{folder / EXPERIMENT} is damaged: choose another --output, or --overwrite")
+        names = differing(earlier, plain(options))
         if names:
             flags = ", ".join("--" + name.replace("_", "-") for name in names)
             raise OutputError(

@@ -127,7 +127,6 @@ def sharded(*arguments: str, stop_after: int = 0) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.slow  # three starts of two processes: about a minute
 def test_sharded_layers_are_trained_saved_and_taken_up_again(
     runs: dict[int, tuple[Path, str]], tiny_backbone: Path, tmp_path: Path
 ) -> None:

@@ -185,6 +185,7 @@ def test_code_runs_only_where_it_is_trusted(folder: Callable[..., Path], backbon
         ("task: a\nprocess_docs: !function evil.run\n", "!function names Python code"),
         ("task: a\nx: !!python/object/apply:os.getcwd []\n", "names Python code"),
         ("task: a\nclass: evil.Task\n", "class may run code"),
+        ("task: a\ndataset_path: pandas\n", "dataset_path pandas may unpickle"),
         ("task: a\nunsafe_code: true\n", "unsafe_code may run code"),
         ("task: a\nmetric_list:\n  - metric: ./evil\n", "metric './evil' is none of the harness's own"),
         ("task: a\nmetric_list:\n  - {metric: acc, hf_evaluate: true}\n", "hf_evaluate may run code"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pyra.errors import OutputError
+from pyra.errors import DataError, OutputError
 from pyra.tasks.data.images import ImageDataset
 from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting import fit as fitting
@@ -115,3 +116,29 @@ def test_seeds_without_a_protocol(tiny_backbone: Path, tmp_path: Path) -> None:
     assert [result.seed for result in results] == [5, 6]
     assert {result.protocol for result in results} == {"fixed"}
     assert results[0].value != results[1].value or results[0].seed != results[1].seed
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("experiment.json", "{"), ("experiment.json", "[]"), ("trials/0/trial.json", "{"),
+        ("trials/0/trial.json", "{}"), ("trials/0/trial.json", '{"scores": "abc"}'),
+        ("trials/0/trial.json", '{"scores": [[1.0, null]]}'),
+    ],
+)  # fmt: skip
+def test_damaged_files_of_an_experiment_are_named(
+    file: str, text: str, tiny_backbone: Path, tmp_path: Path, tried: Path
+) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(tried, folder)
+    (folder / file).write_text(text)
+    with pytest.raises((OutputError, DataError), match=rf"{file} is damaged"):
+        experiment(options(tiny_backbone, folder, protocol="validation", epochs=1, seeds=1, resume=True))
+
+
+@pytest.fixture(scope="module")
+def tried(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished experiment."""
+    folder = tmp_path_factory.mktemp("tried") / "x"
+    experiment(options(tiny_backbone, folder, protocol="validation", epochs=1, seeds=1))
+    return folder
