@@ -1,7 +1,7 @@
 """One adapter for every rate: which rate a training step runs at, and what the compressed passes learn from.
 
 The sandwich rule is that of slimmable networks (arXiv 1903.05134, section 3.2) on shares of a batch: most images at the
-lowest rate, some at the highest or one between in turn, so that a step costs about 1.5 of a fixed rate and not three.
+lowest rate, some at the highest or one between in turn, so that a step costs about 1.6 of one rate and not three.
 """
 
 from __future__ import annotations
