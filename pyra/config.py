@@ -47,9 +47,11 @@ class PyraConfig:
         window: largest distance, in patches, of the neighbours that ``"local"`` prefers.
         backend: what runs matching and merging: ``"auto"``, as :func:`pyra.kernels.backend` says; ``"reference"``,
             plain PyTorch; ``"triton"``, Triton kernels, or an error in the forward.
-        attention: how ``log(size)`` reaches the scores: ``"auto"``, at present ``"mask"``; ``"mask"``, the mask of
-            ``scaled_dot_product_attention``; ``"augmented"``, further channels of queries and keys, so that kernels
-            without a mask run; ``"flex"``, a kernel that ``flex_attention`` compiles. See :mod:`pyra.attention`.
+        attention: how ``log(size)`` reaches the scores: ``"auto"``, ``"fused"`` on a GPU up to 1024 tokens and
+            ``"mask"`` elsewhere; ``"mask"``, the mask of ``scaled_dot_product_attention``; ``"fused"``, a kernel that
+            weighs keys with their sizes, and the mask where there are gradients; ``"augmented"``, further channels of
+            queries and keys, so that kernels without a mask run; ``"flex"``, a kernel that ``flex_attention``
+            compiles. See :mod:`pyra.attention`.
 
     Raises:
         ConfigError: listing every problem at once.
@@ -105,7 +107,7 @@ class PyraConfig:
                 problems.append("pruning merges nothing that could be re-activated: give reactivation=False")
         if self.scaled_gates is True and self.reactivation is False:
             problems.append("scaled_gates scales what reactivation=False leaves out")
-        if self.attention in ("augmented", "flex") and not self.proportional_attention:
+        if self.attention in ("fused", "augmented", "flex") and not self.proportional_attention:
             problems.append(
                 f"attention={self.attention!r} carries the sizes that proportional_attention=False leaves out"
             )

@@ -2,7 +2,8 @@
 
 Under a compiler for CPUs its parts are operators, as are the size bias and the layer norms of a layer that merges:
 every layer has its own number of tokens, so no two layers share a compiled kernel, and a C++ compiler runs for each of
-them (:func:`pyra.kernels.choice.as_operator`).
+them (:func:`pyra.kernels.choice.as_operator`). On a GPU, without gradients, the kernels are launched one after another
+and nothing is asked twice: at small batches a forward takes as long as the host needs to launch it.
 
 Letters: ``B`` batch, ``N`` tokens, ``N0`` tokens at the first layer, ``C`` channels, ``H`` heads, ``d`` head channels,
 ``r`` tokens removed.
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyra.kernels.choice import compiled_on_a_cpu
+from pyra.kernels.choice import at_once, compiled_on_a_cpu, on_device_of, runs_triton
 from pyra.kernels.follow import follow
 from pyra.kernels.match import Rules, match
-from pyra.kernels.merge import Plan, merge
+from pyra.kernels.merge import Plan, Weights, merge
 from pyra.matching import plan_of
 
 Merged = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -58,11 +59,39 @@ def merge_step(
     Returns:
         Tokens [B, N - r, C], size [B, N - r, 1] int32, source map [B, N0], positions [B, N - r].
     """
+    weights = None if reactivation is None else Weights.of(reactivation)
+    plain = rules.method == "bipartite" and threshold is None and (reactivation is None) == (weights is None)
+    if plain and tokens.numel() and at_once(tokens, size, keys) and runs_triton(tokens, backend):
+        if weights is not None and scaled_gates:
+            weights = weights.scaled(removed)
+        with on_device_of(tokens):
+            return _launched(tokens, size, source_map, positions, keys, heads, weights, removed, prefix, rules.order)
     matched = match(keys, heads, removed, prefix, rules, positions, backend)
     plan = plan_of(matched, rules.method, threshold)
     indices = (plan.source, plan.destination, plan.kept, plan.target)
     merged, total = merge(tokens, size, Plan(*indices, plan.weight), reactivation, backend, scaled_gates)
     return merged, *follow(total.detach(), source_map, positions, plan.kept, plan.source, plan.target, backend)
+
+
+def _launched(
+    tokens: Tensor,
+    size: Tensor | None,
+    source_map: Tensor | None,
+    positions: Tensor | None,
+    keys: Tensor,
+    heads: int,
+    weights: Weights | None,
+    removed: int,
+    prefix: int,
+    order: str,
+) -> Merged:
+    from pyra.kernels.follow_triton import follow_tokens
+    from pyra.kernels.match_triton import match_bipartite
+    from pyra.kernels.merge_triton import merge_forward
+
+    source, destination, kept, target, _ = match_bipartite(keys, heads, removed, prefix, order)
+    merged, total = merge_forward(tokens, size, Plan(source, destination, kept, target, None), weights)
+    return merged, *follow_tokens(total, source_map, positions, kept, source, target)
 
 
 def layer_norm(norm: nn.Module, tokens: Tensor, kinds: tuple[type[nn.Module], ...] = (nn.LayerNorm,)) -> Tensor:

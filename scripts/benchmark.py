@@ -125,8 +125,13 @@ def _model(arguments: Sequence[str]) -> int:
         ("forward", lambda: inference_rows(subject, options.batch_size, options.rounds)),
         ("merging machinery", lambda: machinery_rows(subject, options.batch_size, options.rounds)),
     ]
+    if options.device.startswith("cuda"):
+        stages += [
+            ("graphed forward", lambda: inference_rows(subject, options.batch_size, options.rounds, "graphed")),
+            ("graphed machinery", lambda: machinery_rows(subject, options.batch_size, options.rounds, "graphed")),
+        ]
     if options.compile:
-        compiled = partial(inference_rows, subject, options.batch_size, options.rounds, compiled=True)
+        compiled = partial(inference_rows, subject, options.batch_size, options.rounds, "compiled")
         stages += [("compiled forward", compiled), ("compile time", lambda: compile_rows(subject, options.batch_size))]
     if options.training:
         stages.append(("training", lambda: training_rows(subject, options.train_batch_size, options.train_rounds)))

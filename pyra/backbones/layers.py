@@ -193,7 +193,7 @@ class MergingLayer(nn.Module):
                 f"attention={config.attention!r} takes the place of scaled_dot_product_attention, which this model "
                 "does not call: create it with fused attention (timm) or attn_implementation='sdpa' (transformers)"
             )
-        return proportional(stream.size, stream.tokens.dtype, config.attention, config.backend)
+        return proportional(stream.size, stream.tokens.dtype, config.attention if fused else "mask", config.backend)
 
     def normed(self, norm: nn.Module, tokens: Tensor) -> Tensor:
         """Apply a norm of the layer."""

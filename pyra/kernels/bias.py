@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import compiled_on_a_cpu, on_device_of, runs_triton
+from pyra.kernels.choice import at_once, compiled_on_a_cpu, exporting, on_device_of, runs_triton
 
 
 def bias(size: Tensor, dtype: torch.dtype, lowest: float, backend: str = "auto") -> Tensor:
@@ -24,8 +24,9 @@ def bias(size: Tensor, dtype: torch.dtype, lowest: float, backend: str = "auto")
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
     """
     traced = compiled_on_a_cpu(size) and not torch.is_grad_enabled()
-    if traced or (not torch.compiler.is_exporting() and runs_triton(size, backend)):
-        result: Tensor = torch.ops.pyra.size_bias(size, dtype, lowest, backend)
+    if traced or (not exporting() and runs_triton(size, backend)):
+        run = _run if at_once(size) else torch.ops.pyra.size_bias
+        result: Tensor = run(size, dtype, lowest, backend)
         return result
     return reference(size, dtype, lowest)
 
@@ -37,14 +38,16 @@ def reference(size: Tensor, dtype: torch.dtype, lowest: float) -> Tensor:
     return size.to(wide).log().clamp_min(lowest).to(dtype).transpose(1, 2).unsqueeze(1)
 
 
-@torch.library.custom_op("pyra::size_bias", mutates_args=())
-def _operator(size: Tensor, dtype: torch.dtype, lowest: float, backend: str) -> Tensor:
+def _run(size: Tensor, dtype: torch.dtype, lowest: float, backend: str) -> Tensor:
     if dtype != torch.float64 and runs_triton(size, backend):
         from pyra.kernels.bias_triton import size_bias
 
         with on_device_of(size):
             return size_bias(size, dtype, lowest)
     return reference(size, dtype, lowest).contiguous()
+
+
+_operator = torch.library.custom_op("pyra::size_bias", _run, mutates_args=())
 
 
 @_operator.register_fake

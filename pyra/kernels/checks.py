@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyra.kernels import bias, follow, match, merge
+from pyra.kernels import attend, bias, follow, match, merge
 from pyra.kernels.match import Matched, Rules
 from pyra.kernels.merge import Plan, Weights
 
@@ -45,6 +45,8 @@ def _findings(device: torch.device) -> Iterator[str]:
         plan = Plan(*match.reference(keys, 1, _REMOVED, _PREFIX, rules, None)[:4], None)
         yield from merge_problems(x.mT.contiguous().mT, size, plan, weights, backward=True)  # of other strides
         yield from follow_problems(size, plan, dtype)
+        if dtype != torch.float32:
+            yield from attend_problems(keys, size)
         if dtype == torch.float32:
             yield from _odd_problems(keys, rules)
             yield from merge_problems(x, None, plan, None, backward=True)
@@ -191,6 +193,23 @@ def follow_problems(size: Tensor, plan: Plan, dtype: torch.dtype, backend: str =
     if not torch.equal(found[~present], eager[~present]):
         problems.append("size_bias: padding is not the lowest number")
     return problems + excess("size_bias", found[present], eager[present], exact[present])
+
+
+def attend_problems(key: Tensor, size: Tensor, backend: str = "triton") -> list[str]:
+    """Check attention with sizes [B, N, 1], some of them padding, to keys [B, H, N, D] in half precision."""
+    generator = torch.Generator("cpu").manual_seed(4)
+    query, value = (torch.randn(key.shape, generator=generator, device="cpu").to(key) for _ in range(2))
+    padded = size * (torch.arange(size.shape[1], device=size.device) % 7 > 0)[None, :, None]
+    padded[:, : size.shape[1] // 2] *= 0  # the first tiles hold nothing else
+    problems = []
+    for sizes in (size, padded):
+        arguments = (query, key, value, sizes, key.shape[-1] ** -0.5)
+        found = torch.ops.pyra.attend_sizes(*arguments, backend)
+        if not torch.equal(found, torch.ops.pyra.attend_sizes(*arguments, backend)):
+            problems.append("attend_sizes: two runs differ")
+        exact = attend.reference(query.double(), key.double(), value.double(), sizes, arguments[-1])
+        problems += excess("attend_sizes", found, attend.reference(*arguments), exact)
+    return problems
 
 
 def excess(name: str, found: Tensor, eager: Tensor, exact: Tensor) -> list[str]:

@@ -12,12 +12,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyra.errors import KernelError
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "triton")
 
+_TELLS_EXPORTS_APART = torch.__version__ >= (2, 12)  # type: ignore[operator]
 _INSTALLED = importlib.util.find_spec("triton") is not None
 # What blocks of `backend` that are open chose, the newest last: [a name each].
 _open: list[list[str]] = []
@@ -67,14 +68,45 @@ def as_operator(tensor: Tensor, name: str = "auto") -> bool:
     Raises:
         KernelError: where Triton was asked for and cannot run on the tensor's device.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return False
     return compiled_on_a_cpu(tensor) or _may_run_triton(tensor, _asked_for(name))
 
 
 def compiled_on_a_cpu(tensor: Tensor) -> bool:
     """Whether a compiler for CPUs traces; an exporter wants plain operators."""
-    return tensor.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return tensor.device.type == "cpu" and torch.compiler.is_compiling() and not exporting()
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` traces, with anything but its ``strict=True`` in PyTorch 2.11.
+
+    There the question alone is answered yes in every graph that a compiler traces.
+    """
+    return torch.compiler.is_exporting() and (_TELLS_EXPORTS_APART or not torch.compiler.is_dynamo_compiling())
+
+
+def at_once(*tensors: Tensor | None) -> bool:
+    """Whether a function may do its work without being an operator, whose call takes the host longer than a launch.
+
+    It may where nothing but its result is wanted: no gradient, no graph, and no mode or subclass (fake tensors, a
+    counter of operations) that watches operators.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in given):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the precision that autocast computes in on a type of device, or None where it does not."""
+    # PyTorch 2.11 cannot compile the second question.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 
 
 def runs_triton(tensor: Tensor, name: str = "auto") -> bool:

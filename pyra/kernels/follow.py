@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import as_operator, on_device_of, runs_triton
+from pyra.kernels.choice import as_operator, at_once, on_device_of, runs_triton
 
 
 class Followed(NamedTuple):
@@ -51,7 +51,8 @@ def follow(
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
     """
     if total.dtype != torch.float64 and as_operator(total, backend):
-        return Followed(*torch.ops.pyra.follow_tokens(total, source_map, positions, kept, source, target, backend))
+        run = _run if at_once(total, source_map, positions) else torch.ops.pyra.follow_tokens
+        return Followed(*run(total, source_map, positions, kept, source, target, backend))
     return reference(total, source_map, positions, kept, source, target)
 
 
@@ -74,8 +75,7 @@ def rows_after(kept: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return empty.scatter(1, kept, rows).scatter(1, source, target)
 
 
-@torch.library.custom_op("pyra::follow_tokens", mutates_args=())
-def _operator(
+def _run(
     total: Tensor,
     source_map: Tensor | None,
     positions: Tensor | None,
@@ -92,6 +92,9 @@ def _operator(
     size, rows, places = reference(total, source_map, positions, kept, source, target)
     # An operator returns none of its inputs.
     return (size.clone() if size is total else size), rows, (places.clone() if places is kept else places)
+
+
+_operator = torch.library.custom_op("pyra::follow_tokens", _run, mutates_args=())
 
 
 @_operator.register_fake

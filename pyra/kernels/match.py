@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import as_operator, on_device_of, runs_triton
+from pyra.kernels.choice import as_operator, at_once, autocast_dtype, on_device_of, runs_triton
 from pyra.kernels.pairing import bipartite_pairs, energy_pairs, local_pairs, unit_vectors
 
 
@@ -68,7 +68,8 @@ def match(
     """
     features = features.detach()
     if as_operator(features, backend):
-        return Matched(*torch.ops.pyra.match_tokens(features, heads, r, prefix, *rules, positions, backend))
+        run = _run if at_once(features, positions) else torch.ops.pyra.match_tokens
+        return Matched(*run(features, heads, r, prefix, *rules, positions, backend))
     return reference(features, heads, r, prefix, rules, positions)
 
 
@@ -101,8 +102,7 @@ def reference(
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     """Keep autocast from rounding similarities: in bfloat16 nearly equal pairs would tie."""
-    lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if lowered else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _grouped(destination: Tensor, even: Tensor, tokens: int, p: int) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,7 @@ def _in_sequence(source: Tensor, destination: Tensor, tokens: int) -> tuple[Tens
     return kept, rows.gather(1, destination)
 
 
-@torch.library.custom_op("pyra::match_tokens", mutates_args=())
-def _operator(
+def _run(
     features: Tensor,
     heads: int | None,
     r: int,
@@ -146,6 +145,9 @@ def _operator(
     found = reference(features, heads, r, prefix, rules, positions)
     source, destination, kept, target, similarity = (part.contiguous() for part in found)
     return source, destination, kept, target, similarity
+
+
+_operator = torch.library.custom_op("pyra::match_tokens", _run, mutates_args=())
 
 
 @_operator.register_fake

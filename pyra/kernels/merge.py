@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyra.kernels.choice import as_operator, on_device_of, runs_triton
+from pyra.kernels.choice import as_operator, at_once, on_device_of, runs_triton
 
 
 class Plan(NamedTuple):
@@ -52,6 +52,10 @@ class Weights(NamedTuple):
             return None
         return cls(module.pair_weight, module.channel_weight, norm.weight, norm.bias, norm.eps)
 
+    def scaled(self, pairs: int) -> Weights:
+        """Divide the sum over ``pairs`` pairs that gates the channels by the root of their number."""
+        return self._replace(pair=self.pair * _gate(self.pair, pairs))
+
 
 def merge(
     x: Tensor,
@@ -74,19 +78,18 @@ def merge(
     Returns:
         Tokens [B, N - r, C] and sizes [B, N - r, 1], these float32 or wider.
     """
-    gate = 1.0
-    if scaled and reactivation is not None:
-        rows: Any = reactivation.pair_weight
-        gate = max(min(len(rows), plan.source.shape[1]), 1) ** -0.5
+    pairs = plan.source.shape[1]
     if as_operator(x, backend):
         weights = None if reactivation is None else Weights.of(reactivation)
         if weights is not None and scaled:
-            weights = weights._replace(pair=weights.pair * gate)
+            weights = weights.scaled(pairs)
         if (reactivation is None) == (weights is None):
             tensors = (None, None, None, None, 0.0) if weights is None else weights
-            merged, total = torch.ops.pyra.merge_tokens(x, size, *plan, *tensors, backend)
+            run: Any = _run if at_once(x, size, *plan, *tensors[:4]) else torch.ops.pyra.merge_tokens
+            merged, total = run(x, size, *plan, *tensors, backend)
             return merged, total
-    return reference(x, size, plan, reactivation, gate)
+    rows: Any = getattr(reactivation, "pair_weight", None)
+    return reference(x, size, plan, reactivation, _gate(rows, pairs) if scaled and reactivation is not None else 1.0)
 
 
 def reference(
@@ -156,6 +159,10 @@ def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | No
     return torch.addcmul(source, modulation.to(source.dtype), source)
 
 
+def _gate(rows: Tensor, pairs: int) -> float:
+    return max(min(len(rows), pairs), 1) ** -0.5
+
+
 def flat(index: Tensor, rows: int) -> Tensor:
     """Positions [B, M] within a sample -> rows [B * M] of the flattened batch, ``rows`` rows a sample."""
     first = torch.arange(index.shape[0], device=index.device)[:, None] * rows
@@ -174,8 +181,7 @@ def _weights(pair: Tensor | None, channel: Tensor | None, *norm: Any) -> Weights
     return None if pair is None or channel is None else Weights(pair, channel, *norm)
 
 
-@torch.library.custom_op("pyra::merge_tokens", mutates_args=())
-def _operator(
+def _run(
     x: Tensor,
     size: Tensor | None,
     source: Tensor,
@@ -200,6 +206,9 @@ def _operator(
         return merged, total.to(_size_dtype(x, size))
     merged, total = reference(x, size, plan, weights)
     return merged, total
+
+
+_operator = torch.library.custom_op("pyra::merge_tokens", _run, mutates_args=())
 
 
 @_operator.register_fake

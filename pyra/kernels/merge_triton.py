@@ -22,7 +22,7 @@ ROWS_A_PROGRAM = 4
 PAIRS_A_TILE, VALUES_A_TILE = 8, 8192
 INDICES_A_TILE = 64
 ROWS_WARPS = 4
-PAIRS_WARPS = 8
+PREPARE_WARPS, PAIRS_WARPS = 4, 8
 
 
 @triton.jit
@@ -659,7 +659,7 @@ def _prepare(x: Tensor, size: Tensor | None, plan: Any, weights: Any) -> Prepare
             REACTIVATED=reactivated,
             SCALED=reactivated and weights.norm_weight is not None,
             SHIFTED=reactivated and weights.norm_bias is not None,
-            num_warps=PAIRS_WARPS if reactivated else ROWS_WARPS,
+            num_warps=PREPARE_WARPS if reactivated else ROWS_WARPS,
         )
     return Prepared(by_row, first, channel_gate, pair_gate)
 

@@ -26,7 +26,7 @@ from pyra.reactivation import Reactivation
 from pyra.step import merge_step
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import Subject
-from pyra.tasks.timing import Job, Spread, spreads
+from pyra.tasks.timing import Job, Spread, graphed, spreads
 
 RULES = Rules("grouped", "bipartite", 0.5, None, 1)
 SUBJECTS = (
@@ -37,6 +37,7 @@ STEP_GOAL = 5.0  # times faster than eager, at the largest batch on a GPU
 COPY_GOAL = 0.6  # share of a copy's bandwidth that merging reaches there
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes
 CHECKED_BATCH = 2
+GRAPHED = "triton, graphed"  # from a CUDA graph: what the GPU takes, not what the host takes to ask it
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def _problems_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iter
     plan = _plan(shape, keys)
     yield from checks.merge_problems(x, size, plan, weights, backward=True)
     yield from checks.follow_problems(size, plan, dtype)
+    if dtype == torch.bfloat16:
+        yield from checks.attend_problems(keys, size)
 
 
 def _plan(shape: Shape, keys: Tensor) -> Plan:
@@ -147,10 +150,10 @@ def measures(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype,
     keys, x, size, weights = shape.drawn(batch, device, dtype)
     backend = "triton" if device.type == "cuda" else "reference"
     plan, step = _plan(shape, keys), _step(shape, keys, x, size, weights)
-    rules, weigh = RULES, tuple(weights)
+    rules, reactivation = RULES, _module(weights)
     ours: dict[str, Job] = {
-        "match": lambda: torch.ops.pyra.match_tokens(keys, 1, shape.removed, shape.prefix, *rules, None, backend),
-        "merge": lambda: torch.ops.pyra.merge_tokens(x, size, *plan, *weigh, backend),
+        "match": lambda: match.match(keys, 1, shape.removed, shape.prefix, rules, None, backend),
+        "merge": lambda: merge.merge(x, size, plan, reactivation, backend),
         "match, merge, follow": lambda: step(backend),
     }
     plain: dict[str, Callable[[], Any]] = {
@@ -170,6 +173,8 @@ def measures(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype,
     found = []
     for name, job in ours.items():
         jobs = {backend: _without_gradients(job), "eager": _without_gradients(plain[name])}
+        if device.type == "cuda":
+            jobs[GRAPHED] = graphed(jobs[backend])
         if compiled:
             jobs["compiled"] = _without_gradients(torch.compile(plain[name], fullgraph=True))
         found.append(Measure(name, jobs, least[name]))
@@ -202,7 +207,9 @@ def _attention(shape: Shape, batch: int, keys: Tensor, size: Tensor, compiled: b
         bias: Any = None if way is None else proportional(size, key.dtype, way)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
-    ways = ["mask", "augmented"] + (["flex"] if compiled or keys.is_cuda else [])
+    half = key.dtype in (torch.bfloat16, torch.float16)
+    ways = ["mask", *(["fused"] if keys.is_cuda and half else []), "augmented"]
+    ways += ["flex"] if compiled or keys.is_cuda else []
     jobs: dict[str, Job] = {way: _without_gradients(lambda way=way: attend(way)) for way in ways}  # type: ignore[misc]
     if "flex" in jobs and not keys.is_cuda:
         jobs["flex"] = _without_gradients(torch.compile(lambda: attend("flex"), fullgraph=True))
@@ -254,7 +261,7 @@ def rows_of(
                 continue
             ratios = {other: took[other].p50 / spread.p50 for other in baselines if other in took and other != name}
             share = measure.bytes_moved / spread.p50 / bandwidth
-            goal, reached = _goal(measure.name, device, batch, ratios, share)
+            goal, reached = _goal(measure.name, name, device, batch, ratios, share)
             rows.append(
                 Row(
                     measured=measure.name,
@@ -277,13 +284,13 @@ def rows_of(
 
 
 def _goal(
-    name: str, device: torch.device, batch: int, ratios: dict[str, float], share: float
+    name: str, implementation: str, device: torch.device, batch: int, ratios: dict[str, float], share: float
 ) -> tuple[float | None, bool | None]:
     if device.type != "cuda" or batch < 256:
         return None, None
-    if name == "match, merge, follow":
+    if name == "match, merge, follow" and implementation != GRAPHED:
         return STEP_GOAL, ratios["eager"] >= STEP_GOAL
-    return (COPY_GOAL, share >= COPY_GOAL) if name == "merge" else (None, None)
+    return (COPY_GOAL, share >= COPY_GOAL) if name == "merge" and implementation == GRAPHED else (None, None)
 
 
 def _microseconds(spread: Spread) -> dict[str, Any]:

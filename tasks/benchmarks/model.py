@@ -27,7 +27,7 @@ from pyra.tasks.benchmarks.kernels import Shape, step_job
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import LEVELS, Subject
 from pyra.tasks.data.task import image_dataset, load_task
-from pyra.tasks.timing import Spread, forward, spreads
+from pyra.tasks.timing import Spread, forward, graphed, spreads
 
 Result = TypeVar("Result")
 
@@ -38,22 +38,25 @@ STEP_GOAL = 2.2
 MEMORY_GOAL = 0.5
 
 
-def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: bool = False) -> list[Row]:
+def inference_rows(subject: Subject, batch_size: int, rounds: int, how: str = "") -> list[Row]:
     """Forward speed of both published schedules over the plain model, in turns.
 
     Args:
         subject: the model.
         batch_size: images.
         rounds: timed forwards of each.
-        compiled: compile all of them.
+        how: "compiled", "graphed" (from CUDA graphs) or, as models are, nothing; of all of them.
     """
     plain = subject.make().eval()
     models = {"plain": plain} | {level: wrap(copy.deepcopy(plain), subject.merging(level)) for level in LEVELS}
     floors = {level: macs(plain) / macs(models[level]) for level in LEVELS}
-    if compiled:
+    if how == "compiled":
         models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}  # type: ignore[misc]
     images = photographs(subject, batch_size)
-    took = spreads({name: forward(model, images) for name, model in models.items()}, rounds, 1, subject.device)
+    jobs = {name: forward(model, images) for name, model in models.items()}
+    if how == "graphed":
+        jobs = {name: graphed(job) for name, job in jobs.items()}
+    took = spreads(jobs, rounds, 1, subject.device)
     rows = []
     for level, floor in floors.items():
         speedup = took["plain"].p50 / took[level].p50
@@ -61,7 +64,7 @@ def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: boo
         rows.append(
             _row(
                 subject,
-                f"{'compiled ' if compiled else ''}forward, {level}",
+                f"{how} forward, {level}".strip(),
                 batch_size,
                 "images/s",
                 Spread(*(batch_size / seconds for seconds in reversed(took[level]))),
@@ -74,10 +77,11 @@ def inference_rows(subject: Subject, batch_size: int, rounds: int, compiled: boo
     return rows
 
 
-def machinery_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
+def machinery_rows(subject: Subject, batch_size: int, rounds: int, how: str = "") -> list[Row]:
     """Time matching, merging and following of every layer at the high schedule, over one plain forward.
 
-    The bias of the attention and the spreading after the last layer are in the forward's rows alone.
+    The bias of the attention and the spreading after the last layer are in the forward's rows alone. ``how`` is as of
+    :func:`inference_rows`; the plain forward is, too.
     """
     sizes, schedules = subject.shapes()
     device, dtype = torch.device(subject.device), getattr(torch, subject.dtype)
@@ -89,14 +93,17 @@ def machinery_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
             heads = sizes.attention_dim // sizes.head_dim
             shape = Shape(subject.backbone, subject.side(), tokens, sizes.prefix_tokens, heads, sizes.head_dim, removed)
             jobs[str(layer)] = step_job(shape, batch_size, device, dtype, subject.backend)
-    took = spreads(jobs | {"plain": forward(plain, images)}, rounds, 2, device)
+    jobs |= {"plain": forward(plain, images)}
+    if how == "graphed":
+        jobs = {name: graphed(job) for name, job in jobs.items()}
+    took = spreads(jobs, rounds, 2, device)
     whole = took.pop("plain").p50
     spread = Spread(*(1e6 * sum(column) for column in zip(*took.values(), strict=True)))
     share, on_a_gpu = spread.p50 / 1e6 / whole, device.type == "cuda"
     return [
         _row(
             subject,
-            "merging machinery, high",
+            f"{how} merging machinery, high".strip(),
             batch_size,
             "us",
             spread,

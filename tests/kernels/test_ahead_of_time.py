@@ -27,6 +27,7 @@ SHARED_MEMORY = {
 STRIDES = (
     *("stride_b", "stride_n", "stride_h", "stride_gb", "stride_gn", "stride_sb", "stride_s"),
     *("stride_tb", "stride_t", "stride_mb", "stride_m", "stride_pb", "stride_p"),
+    *(f"stride_{of}{axis}" for of in "qkv" for axis in "bhn"),
 )
 FLOATS = (
     "best similarity merged_size channel_gate pair_gate weight sums_gradient token_gradient pair_weight_gradient "
@@ -37,16 +38,17 @@ TYPES = (
     | dict.fromkeys(["old_map", "old_places", "row_after", "new_map", "new_places"], "*i64")
     | dict.fromkeys(["partner", "before", "by_row", "first", "sizes", "size"], "*i32")
     | dict.fromkeys(FLOATS.split(), "*fp32")
-    | dict.fromkeys(["features", "x", "gradient", "merged", "out"], "*bf16")
+    | dict.fromkeys(["features", "x", "gradient", "merged", "out", "query", "key", "value"], "*bf16")
     | dict.fromkeys(["pair_weight", "channel_weight", "norm_weight", "norm_bias"], "*bf16")
-    | {"eps": "fp32", "lowest": "fp32"}
+    | {"eps": "fp32", "lowest": "fp32", "scale": "fp32"}
 )
 WHOLE = {"HAS_SIZE": True, "HAS_WEIGHT": False, "REACTIVATED": True, "SCALED": True, "SHIFTED": True}
-UNIT = {"stride_c": 1, "stride_d": 1, "stride_gc": 1}
+UNIT = dict.fromkeys(["stride_c", "stride_d", "stride_gc", "stride_qd", "stride_kd", "stride_vd"], 1)
 
 
 def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
     """Kernel, constants and warps as the launchers choose them for ViT-B, ViT-L and SigLIP-So400m."""
+    from pyra.kernels import attend_triton as a
     from pyra.kernels import bias_triton as b
     from pyra.kernels import follow_triton as f
     from pyra.kernels import match_triton as m
@@ -68,12 +70,15 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], int]]:
     for name, channels in (("vit-b", 768), ("so400m", 1152), ("wide", 4096)):
         width = {"CHANNELS": triton.next_power_of_2(channels)}
         pairs, rows, tile = {"PAIRS": g.pairs_a_tile(channels)}, {"ROWS": g.ROWS_A_PROGRAM}, {"TILE": g.INDICES_A_TILE}
-        found[f"prepare-{name}"] = (g.prepare_kernel, width | pairs | tile | WHOLE, g.PAIRS_WARPS)
+        found[f"prepare-{name}"] = (g.prepare_kernel, width | pairs | tile | WHOLE, g.PREPARE_WARPS)
         found[f"merge-{name}"] = (g.merge_kernel, width | rows | WHOLE, g.ROWS_WARPS)
         found[f"pairs-backward-{name}"] = (g.pairs_backward_kernel, width | pairs | WHOLE, g.PAIRS_WARPS)
         found[f"tokens-backward-{name}"] = (g.tokens_backward_kernel, width | rows | WHOLE, g.ROWS_WARPS)
     tile = {"TILE": f.ENTRIES_A_TILE, "HAS_MAP": True, "HAS_PLACES": True}
     found["follow"] = (f.follow_kernel, tile, f.WARPS)
+    for name, dim in (("vit", 64), ("so400m", 72), ("wide", 128)):
+        tiles = {"DIM": triton.next_power_of_2(dim), "ROWS": a.ROWS_A_PROGRAM, "KEYS": a.KEYS_A_TILE}
+        found[f"attend-{name}"] = (a.attend_kernel, tiles | {"WHOLE": dim != 72, "WIDEN": False}, a.WARPS)
     found["bias"] = (b.bias_kernel, {"TILE": b.TOKENS_A_PROGRAM}, b.WARPS)
     return found
 

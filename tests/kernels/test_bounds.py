@@ -22,6 +22,7 @@ from pyra.kernels.merge import Plan, Weights
 from pyra.kernels.merge_triton import merge_backward, merge_forward
 from pyra.kernels.follow_triton import follow_tokens
 from pyra.kernels.bias_triton import size_bias
+from pyra.kernels.attend_triton import attend_sizes
 from support_for_kernels import plan_for, sizes, tokens_for, weights_for
 
 def cases(guard):
@@ -42,6 +43,8 @@ def cases(guard):
             for before in ((None, None), (earlier, places)):
                 follow_tokens(guard(total), *before, plan.kept, plan.source, plan.target)
             size_bias(guard(sizes("padding", tokens)), torch.bfloat16, -3e38)
+        query, value = (guard(torch.randn(2, heads, tokens, dim).bfloat16()) for _ in range(2))
+        attend_sizes(query, guard(keys.bfloat16()), value, guard(sizes("padding", tokens)), 0.3)
 
 SHAPES = ((17, 1, 2, 8, 8), (16, 0, 3, 20, 5), (67, 2, 2, 33, 32), (9, 1, 1, 4, 0), (3, 1, 1, 8, 1), (5, 5, 1, 8, 0))
 run(cases)

@@ -57,6 +57,7 @@ FAULTS = [
     ("merge_triton", "merge_backward", grown, "merge_tokens_backward, x: error"),
     ("follow_triton", "follow_tokens", shifted, "follow_tokens"),
     ("bias_triton", "size_bias", grown, "size_bias"),
+    ("attend_triton", "attend_sizes", grown, "attend_sizes"),
 ]
 
 

@@ -10,7 +10,7 @@ from support_for_kernels import SIZES, TRAINED, plan_for, sizes, tokens_for, wei
 from torch import Tensor
 from torch.library import opcheck
 
-from pyra.kernels import bias, follow, match, merge
+from pyra.kernels import attend, bias, follow, match, merge
 from pyra.kernels.checks import doubled
 from pyra.kernels.match import Rules
 
@@ -83,6 +83,16 @@ def test_the_size_bias_operator_is_well_made(dtype: torch.dtype) -> None:
     found = torch.ops.pyra.size_bias(*arguments, "auto")
     assert torch.equal(found, bias.reference(*arguments)) and found.dtype == dtype
     assert found.shape == (2, 1, 1, 17) and found.min() == torch.tensor(-30000.0).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_operator_is_well_made(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, tokens, 8, dtype=dtype) for tokens in (5, 17, 17))
+    arguments = (query, key, value, sizes("padding", 17), 0.3)
+    opcheck(torch.ops.pyra.attend_sizes.default, (*arguments, "auto"))
+    found = torch.ops.pyra.attend_sizes(*arguments, "auto")
+    assert torch.equal(found, attend.reference(*arguments)) and found.transpose(1, 2).is_contiguous()
+    assert not attend.takes(*arguments[:4])  # on a CPU the mask runs
 
 
 def test_sizes_and_weights_in_float64_beside_tokens_in_float32() -> None:

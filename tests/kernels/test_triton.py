@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pyra import PyraConfig, Reactivation, match_tokens, merge_tokens
 from pyra.errors import KernelError
-from pyra.kernels import backend, bias, checks, follow, match, merge
+from pyra.kernels import attend, backend, bias, checks, follow, match, merge
 from pyra.kernels.choice import interpreted, runs_triton
 from pyra.kernels.match import Rules
+from pyra.step import merge_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -176,6 +177,66 @@ def test_takes_the_logarithm_of_sizes(tokens: int, dtype: torch.dtype) -> None:
         assert checks.excess("size_bias", found, bias.reference(size, dtype, lowest), exact.clamp_min(lowest)) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("queries", "tokens", "dim"), [(1, 1, 64), (197, 197, 64), (65, 257, 72), (3, 31, 4), (64, 32, 128), (33, 70, 80)]
+)
+def test_attends_as_the_reference(queries: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(2, queries, 3, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    key, value = (torch.randn(2, 3, tokens, dim, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    padded = sizes("padding", tokens)
+    padded[:, -1] = 1
+    for size in (sizes("whole", 2 * tokens)[:, ::2], padded, sizes("real", tokens)):
+        for scale in (dim**-0.5, -0.3, 40.0):
+            arguments = (query, key, value, size.to(DEVICE), scale)
+            exact = attend.reference(query.double(), key.double(), value.double(), *arguments[3:])
+            assert attend.takes(*arguments[:4], "triton")
+            found = attend.attend(*arguments)
+            assert checks.excess("attend_sizes", found, attend.reference(*arguments), exact) == []
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_attends_to_keys_of_any_strides(strides: str) -> None:
+    query, key, value = (torch.randn(3, 2, 33, 16).to(DEVICE, torch.float16) for _ in range(3))
+    size = sizes("whole", 33, batch=3).to(DEVICE)
+    other = [STRIDES[strides](part) for part in (query, key, value)]
+    expected = attend.attend(*(part.contiguous() for part in other), size, 0.25)
+    assert torch.equal(attend.attend(*other, size, 0.25), expected)
+
+
+def test_padding_alone_attends_to_nothing_and_what_is_no_number_stays_one() -> None:
+    query, key, value = (torch.randn(2, 1, 40, 16).to(DEVICE, torch.bfloat16) for _ in range(3))
+    size = torch.ones(2, 40, 1, dtype=torch.int32, device=DEVICE)
+    size[0] = 0
+    key[1, 0, 3] = torch.nan
+    found = attend.attend(query, key, value, size, 0.25)
+    assert not found[0].any() and found[1].isnan().all()
+    size[1, 3] = 0
+    assert attend.attend(query, key, value, size, 0.25).isfinite().all()
+
+
+def test_models_attend_with_the_kernel_where_nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyra.attention import proportional
+    from pyra.kernels import attend_triton
+
+    ran = []
+    kernel = attend_triton.attend_sizes
+    monkeypatch.setattr(attend_triton, "attend_sizes", lambda *given: ran.append(1) or kernel(*given))
+    query, key, value = (torch.randn(2, 3, 33, 16).to(DEVICE, torch.bfloat16) for _ in range(3))
+    size = sizes("whole", 33).to(DEVICE)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    fused = attention(query, key, value, attn_mask=proportional(size, torch.bfloat16, "fused"))
+    assert len(ran) == 1
+    masked = attention(query, key, value, attn_mask=proportional(size, torch.bfloat16, "mask"))
+    torch.testing.assert_close(fused, masked, rtol=2e-2, atol=2e-2)
+    bias = proportional(size, torch.bfloat16, "fused")
+    attention(query.requires_grad_(), key, value, attn_mask=bias).sum().backward()  # the mask has gradients
+    attention(query.detach(), key, value, attn_mask=bias, dropout_p=0.5)
+    attention(query.detach().float(), key.float(), value.float(), attn_mask=bias)
+    assert len(ran) == 1 and query.grad is not None
+
+
 @pytest.mark.parametrize("strides", STRIDES)
 def test_merges_tokens_of_any_strides(strides: str) -> None:
     plan, x = to_device(plan_for(17, 1, 6, batch=2)), STRIDES[strides](tokens_for(17, 16).to(DEVICE))
@@ -232,6 +293,8 @@ def test_an_empty_batch() -> None:
     x, plan = tokens_for(17, 16, batch=0).to(DEVICE), to_device(plan_for(17, 1, 6, batch=0))
     merged, total = torch.ops.pyra.merge_tokens(x, None, *plan, None, None, None, None, 0.0, "triton")
     assert merged.shape == (0, 11, 16) and total.shape == (0, 11, 1)
+    none = torch.empty(0, 2, 17, 16, device=DEVICE, dtype=torch.bfloat16)
+    assert attend.attend(none, none, none, torch.empty(0, 17, 1, device=DEVICE), 1.0).shape == none.shape
 
 
 def test_the_public_functions_run_them_and_train() -> None:
@@ -251,3 +314,26 @@ def test_float64_is_refused() -> None:
     with pytest.raises(KernelError, match="float64"):
         match_tokens(torch.randn(1, 9, 4, device=DEVICE).double(), 2)
     assert PyraConfig(rate=0.5, backend="triton").backend == "triton"
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_step_launched_at_once_is_the_step_of_operators(begun: bool, trained: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    tokens, keys = (torch.randn(2, *shape, generator=generator).to(DEVICE) for shape in ((17, 16), (2, 17, 8)))
+    weights = Reactivation(6, 16).to(DEVICE) if trained else None
+    if weights is not None:
+        torch.nn.init.normal_(weights.pair_weight)
+        torch.nn.init.normal_(weights.channel_weight)
+    size = sizes("whole", 17).to(DEVICE) if begun else None
+    before = (torch.arange(17, device=DEVICE).expand(2, -1),) * 2 if begun else (None, None)
+    for order in ("grouped", "sequence"):
+        arguments = (tokens, size, *before, keys, 1, weights, 6, 1, rules(order))
+        with torch.no_grad():
+            found = merge_step(*arguments, scaled_gates=True)
+        with_gradients = merge_step(tokens.clone().requires_grad_(), *arguments[1:], scaled_gates=True)
+        with backend("reference"):
+            expected = merge_step(*arguments, scaled_gates=True)
+        for ours, operators, plain in zip(found, with_gradients, expected, strict=True):
+            assert torch.equal(ours, operators)
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)

@@ -52,7 +52,7 @@ def test_rows_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         (["kernels", "--rounds", "0"], "--rounds must be at least 1"),
         (["kernels", "--batch-sizes", "0,4"], "--batch-sizes must be at least 1"),
         (["model", "--device", "gpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
-        (["--attention", "flash"], "'flash' is not one of auto, mask, augmented, flex"),
+        (["--attention", "flash"], "'flash' is not one of auto, mask, fused, augmented, flex"),
         (["--dtype", "float64"], "'float64' is not one of float32, bfloat16, float16"),
         (["--output", "."], "--output . is a folder; give a file"),
         (["kernels", "--output", "."], "--output . is a folder; give a file"),
