@@ -137,8 +137,10 @@ def _several(options: ExperimentOptions) -> int:
     write_text(folder / "summary.md", report([str(folder)], style="markdown", against=against).text)
     print(report([str(folder)], against=against).text)
     if options.protocol is not None:
-        chosen = ", ".join(f"{name} {_short(value)}" for name, value in (results[0].chosen or {}).items())
-        print(f"chosen: {chosen or 'the best epoch of each run'} ({results[0].selection})")
+        for result in results if options.protocol == "published" else results[:1]:
+            chosen = ", ".join(f"{name} {_short(value)}" for name, value in (result.chosen or {}).items())
+            who = f" ({result.method}, seed {result.seed})" if options.protocol == "published" else ""
+            print(f"chosen{who}: {chosen} ({result.selection}; {result.epochs:g} epochs at most)")
     print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")
     return 0
 

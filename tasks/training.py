@@ -149,6 +149,10 @@ def run(
     predictions, labels = _answers(folded, test_data, options, device, plan.features)
     batch = torch.stack([test_data[i]["pixel_values"] for i in range(min(options.batch_size, len(test_data)))])
 
+    chosen = plan.chosen
+    if fitted.kept is not None:  # by the test split, as the rule of the plan says
+        chosen = {**(chosen or {}), "epoch": fitted.kept[0], "test_score": fitted.kept[1]}
+
     def finish() -> RunResult:
         result = RunResult(
             task=task.name,
@@ -167,7 +171,7 @@ def run(
             skipped_images=len(train_data.broken) + len(test_data.broken),
             protocol=plan.protocol,
             selection=plan.selection,
-            chosen=plan.chosen,
+            chosen=chosen,
             environment=environment(str(device)),
             **provenance(options, task, model, train_data, test_data),
             **meter.stop().columns(),

@@ -101,7 +101,9 @@ class EpochScores(TrainerCallback):
             return
         earlier = [self.sign * value for _, value in scores_of(state)]
         value = self.sign * self.score()
+        due = control.should_log
         self.trainer.log({"score": self.sign * value})
+        control.should_log = due  # the loss of this step is another entry
         if not earlier or value > max(earlier):
             if self.keep_best:
                 self.best = checkpoints.trained_tensors(self.model)

@@ -16,6 +16,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from pyra.errors import OutputError, TrainingError
 from pyra.files import read_json, write_json
 from pyra.tasks.data.task import Task
@@ -97,7 +99,7 @@ def _by_protocol(
         changes, number = choice.changes, len(options.candidates())
         plan = Plan(
             protocol="validation",
-            selection=f"best epoch of {_counted(number)} on the {parts.origin}, seed {options.seed}",
+            selection=f"best epoch of {_counted(number)} on {parts.origin}, seed {options.seed}",
             chosen={**choice.changes, "epoch": choice.epoch, "validation_score": choice.score},
             training=parts.whole,
             stop_after=choice.epoch,
@@ -127,6 +129,10 @@ def _counted(candidates: int) -> str:
     return "the one candidate" if candidates == 1 else f"{candidates} candidates"
 
 
+def _used(options: ExperimentOptions, split: datasets.Dataset) -> int:
+    return min(len(split), options.limit or len(split))
+
+
 def _chosen(
     options: ExperimentOptions, task: Task, folder: Path, parts: ChoosingSplits, features: FeatureStore | None
 ) -> Choice:
@@ -143,7 +149,11 @@ def _chosen(
     record = {
         "protocol": options.protocol,
         "chosen_on": "test" if on_test else parts.origin,
-        "images": {"training": len(training), "choosing": len(watched), "training in the end": len(parts.whole)},
+        "images": {
+            "training": _used(options, training),
+            "choosing": _used(options, watched),
+            "training in the end": _used(options, parts.whole),
+        },
         "seed": options.seed,
         "metric": task.metric,
         "chosen": choice,

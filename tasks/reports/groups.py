@@ -115,8 +115,8 @@ def identity(row: RunResult) -> dict[str, Any]:
     What was chosen by the rule of the protocol may differ between seeds, and so may few-shot training images.
     """
     chosen = set(row.chosen or {})
-    for together in ({"epoch", "epochs"}, {"rate", "schedule", "macs"}):
-        chosen |= together if together & chosen else set()
+    cost = {"rate", "schedule", "macs"}
+    chosen |= cost if cost & chosen else set()
     same = {name: getattr(row, name) for name in _SAME if name not in chosen}
     settings = {name: value for name, value in (row.settings or {}).items() if name not in chosen}
     drawn = settings.get("shots") is not None

@@ -35,6 +35,7 @@ def test_a_task_without_validation_images_gives_a_fifth(tmp_path: object) -> Non
     parts = choosing_splits(type(task)("x", task.labels, splits))  # the test split is the validation split
     assert (len(parts.training), len(parts.validation)) == (800, 200)
     assert sources(parts.training) | sources(parts.validation) == sources(task.splits["train"])
+    assert parts.origin.startswith("a fifth of the training split")
     again = choosing_splits(type(task)("x", task.labels, splits))
     assert parts.validation["source"][:] == again.validation["source"][:]
 

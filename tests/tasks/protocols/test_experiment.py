@@ -26,6 +26,10 @@ def options(backbone: Path, folder: Path, **changes: Any) -> ExperimentOptions:
     return ExperimentOptions(backbone=str(backbone), output=str(folder), **values)
 
 
+def training_of(run: Path) -> Any:
+    return json.loads((run / "training.json").read_text())
+
+
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the splits that were scored in training, one entry an epoch."""
@@ -49,6 +53,7 @@ def test_validation_protocol(tiny_backbone: Path, tmp_path: Path, looks: list[st
     record = json.loads((folder / "selection.json").read_text())
     scores = {trial["changes"]["lr"]: max(score for _, score in trial["scores"]) for trial in record["trials"]}
     assert record["chosen"]["score"] == max(scores.values())
+    assert set(record["images"].values()) == {40}  # of --limit
     for number, result in enumerate(results):
         run = folder / f"seed-{number}"
         assert result == read_result(run)
@@ -67,10 +72,13 @@ def test_published_protocol_reports_the_best_epoch_of_the_test_split(
     results = experiment(options(tiny_backbone, tmp_path / "x", protocol="published", lr=2e-2, epochs=3))
     assert looks == ["test"] * 6
     for number, result in enumerate(results):
-        scores = json.loads((tmp_path / "x" / f"seed-{number}" / "training.json").read_text())["scores"]
+        scores = training_of(tmp_path / "x" / f"seed-{number}")["scores"]
         assert result.value == max(score for _, score in scores)
         assert result.protocol == "published"
         assert "test split" in str(result.selection)
+        best = max(scores, key=lambda one: one[1])
+        assert result.chosen == {"epoch": best[0], "test_score": best[1]}
+    assert [entry["step"] for entry in training_of(tmp_path / "x" / "seed-0")["losses"]] == [1, 10]
 
 
 def test_an_experiment_goes_on_where_it_was(

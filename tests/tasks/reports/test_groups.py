@@ -41,14 +41,15 @@ def test_whatever_else_differs_keeps_runs_apart(make, change: dict[str, object])
 
 
 def test_what_was_chosen_may_differ_between_seeds(make) -> None:
-    def row(seed: int, lr: float, epochs: float, decay: float = 0.0):
+    def row(seed: int, lr: float, epoch: float, decay: float = 0.0, epochs: float = 9.0):
         settings = {"lr": lr, "weight_decay": decay}
         return make(
-            seed=seed, epochs=epochs, settings=settings, protocol="validation", chosen={"lr": lr, "epoch": epochs}
+            seed=seed, epochs=epochs, settings=settings, protocol="validation", chosen={"lr": lr, "epoch": epoch}
         )
 
     assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4))) == 1
     assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4, decay=0.1))) == 2
+    assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4, epochs=99.0))) == 2  # the schedule was given, not chosen
 
 
 def test_few_shot_draws_are_runs_of_one_method(make) -> None:
