@@ -229,6 +229,11 @@ def test_main_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (DataError("no such task 'x'"), 2, "pyra: error: no such task 'x'\n"),
         (KeyboardInterrupt(), 130, "pyra: interrupted\n"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "pyra: error: cannot use /a/b: Permission denied\n"),
+        (
+            OSError(28, "No space left", "/a/b"),
+            2,
+            "pyra: error: cannot write /a/b: No space left; free some space there, or choose another --output\n",
+        ),
     ],
 )
 def test_main_turns_errors_into_a_line_and_a_status(

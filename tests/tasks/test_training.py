@@ -23,6 +23,8 @@ from pyra.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from pyra.scripts.main import main
+from pyra.tasks import training
 from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import METHODS, RunOptions
@@ -343,3 +345,30 @@ def test_a_folder_called_demo_is_not_the_demo_backbone(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     train(RunOptions(method="linear", epochs=1, limit=4, batch_size=4, device="cpu", output="run"))
     assert load_run("run")[1].backbone == "demo"
+
+
+@pytest.mark.parametrize("save_adapter_alone", [False, True])
+def test_a_full_disk_is_told_in_a_line(
+    save_adapter_alone: bool,
+    tiny_backbone: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once while the adapter is written, once while a checkpoint is."""
+    plain = training._save_trained
+
+    def save(*arguments: Any) -> None:
+        request.getfixturevalue("tiny_disk")
+        plain(*arguments)
+
+    if save_adapter_alone:
+        monkeypatch.setattr(training, "_save_trained", save)
+    else:
+        request.getfixturevalue("tiny_disk")
+    flags = f"--task demo --method full --epochs 1 --limit 32 --device cpu --output {tmp_path / 'a'}".split()
+    assert main(["train", "--backbone", str(tiny_backbone), *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {tmp_path / 'a'}/.partial-" in error and "File too large; free some space" in error
+    assert ("--resume goes on" in error) == save_adapter_alone
