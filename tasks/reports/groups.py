@@ -188,7 +188,11 @@ def shown(one: Group, name: str) -> str:
 
 
 def majority_groups(groups: Iterable[Group]) -> list[Group]:
-    """Return what always answering the most frequent training class scores, one row for each set of scored images."""
+    """Return what always answering the most frequent training class scores.
+
+    One row for each set of scored images and value; where that is several, ``settings`` tell in which images the class
+    was counted.
+    """
     made: dict[tuple[Any, ...], Group] = {}
     for one in groups:
         row = one.row
@@ -199,9 +203,13 @@ def majority_groups(groups: Iterable[Group]) -> list[Group]:
             "task", "metric", "higher_is_better", "split", "task_version", "test_sha256", "preprocessing", "num_test",
             "majority_value", "data_source",
         )}  # fmt: skip
+        settings = row.settings or {}
+        both = row.protocol in ("validation", "published") and settings.get("shots") is None
+        counted = {"counted_in": "training + validation" if both else "training"}
+        counted |= {name: settings.get(name) for name in ("shots", "shots_seed", "limit")}
         baseline = RunResult(
-            **values, method=MAJORITY, value=row.majority_value, macs=0, schedule=[], rate=0.0, trained_parameters=0,
-            seed=0,
+            **values, settings=counted, method=MAJORITY, value=row.majority_value, macs=0, schedule=[], rate=0.0,
+            trained_parameters=0, seed=0,
         )  # fmt: skip
         made.setdefault(key, Group((Found(Path(), baseline),), baseline=True))
     return list(made.values())

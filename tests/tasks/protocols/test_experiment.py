@@ -11,7 +11,7 @@ import pytest
 
 from pyra.errors import DataError, OutputError
 from pyra.tasks.data.images import ImageDataset
-from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.evaluation import caution, evaluate_run
 from pyra.tasks.fitting import fit as fitting
 from pyra.tasks.protocols.experiment import experiment
 from pyra.tasks.protocols.options import ExperimentOptions
@@ -64,6 +64,9 @@ def test_validation_protocol(tiny_backbone: Path, tmp_path: Path, looks: list[st
     assert results[0].train_sha256 == results[1].train_sha256
     again = evaluate_run(folder / "seed-1", device="cpu")
     assert again.value == results[1].value
+    assert caution(again) is None
+    seen = evaluate_run(folder / "seed-1", device="cpu", split="validation")
+    assert "chose the settings" in str(caution(seen))
 
 
 def test_published_protocol_reports_the_best_epoch_of_the_test_split(

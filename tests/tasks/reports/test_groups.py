@@ -101,6 +101,17 @@ def test_majority_class_once_for_each_set_of_images(make) -> None:
     ]  # fmt: skip
 
 
+def test_majority_classes_of_several_training_sets_are_told_apart(make) -> None:
+    ways = [
+        (0.1, "fixed", {"shots": None}), (0.2, "validation", {"shots": None}), (0.3, "validation", {"shots": 4}),
+    ]  # fmt: skip
+    rows = [make(majority_value=value, protocol=name, settings=settings) for value, name, settings in ways]
+    assert differences(majority_groups(grouped(*rows))) == [
+        "counted_in=training, shots=null", "counted_in=training + validation, shots=null",
+        "counted_in=training, shots=4",
+    ]  # fmt: skip
+
+
 def test_rows_that_cannot_be_compared_are_named(make) -> None:
     known = {"settings": {}, "test_sha256": "a" * 64}
     assert (
