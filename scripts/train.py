@@ -79,16 +79,20 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
 
 
 def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
-    from pyra.tasks.language.options import METHODS
+    from pyra.tasks.language.options import METHODS, NO_MERGING
     from pyra.tasks.language.series import SeriesOptions
+    from pyra.tasks.options import MERGING
 
     for name in ("protocol", "tune", "patience"):
         if peek(argv, name) is not None:
             raise ConfigError(f"--{name} is not for language tasks yet: their runs end with the last epoch")
+    verb = f"pyra train --task {peek(argv, 'task')}"
+    if peek(argv, "method") in MERGING:
+        raise ConfigError(f"{NO_MERGING} (see '{verb} --help')")
     return parse(
         SeriesOptions,
         argv,
-        prog="pyra train",
+        prog=verb,
         description=(
             "Adapt a language model to a task, save the run, and score it on the test split: texts classified by a new "
             f"head, or answered by prompt.\n\nmethods:\n{_listed(METHODS)}"

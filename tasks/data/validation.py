@@ -42,19 +42,20 @@ class Checked:
         return "; ".join(self.problems) or None
 
 
-def validate(name: str, root: str | None = None, decode: bool = True) -> Checked:
+def validate(name: str, root: str | None = None, decode: bool = True, data: str | None = None) -> Checked:
     """Check the data of a shipped task: files, lists, labels, counts, classes, and that images can be read.
 
     Args:
         name: of the task.
         root: folder with the data of tasks that bring none.
         decode: decode every image.
+        data: of a language task, folder with its files themselves, instead of ``root``.
 
     Raises:
         DataError: for an unknown task; what is wrong with its data is returned, all of it.
     """
     if is_text_task(name):
-        return Checked(name, *check_text_task(name, root))
+        return Checked(name, *check_text_task(name, root, data))
     card, _ = load_card(name)
     try:
         task = load_task(name, root=root)

@@ -30,7 +30,7 @@ from pyra.tasks.fitting.loop import (
     where_to_go_on,
 )
 from pyra.tasks.fitting.trainer import KeepingTrainer
-from pyra.tasks.language.answering import Asking, Scored, answer
+from pyra.tasks.language.answering import Asking, Scored, answer, room_for_prompts
 from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest
 from pyra.tasks.language.options import LanguageOptions
@@ -78,6 +78,8 @@ def train_language(options: LanguageOptions) -> tuple[RunResult, list[str]]:
         if earlier is not None:
             return earlier, []
     subject = new_subject(options, task)
+    if subject.answer == "generation":
+        room_for_prompts(subject, options.max_new_tokens)  # found now, and not after the training
     examples, test = task.split("train", options.limit), task.split("test", options.limit)
     rows, trained_on = training_rows(subject, examples)
     left_out = len(examples) - len(trained_on)
