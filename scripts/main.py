@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except PyraError as error:
-        if not alone and isinstance(error, (ConfigError, OtherProcessError)):
-            time.sleep(10)  # the first process says the same, unless a launcher ends it because this one has ended
-        else:
+        if not alone:
+            time.sleep(10)  # the first process says the same, and its launcher then ends this one
+        if alone or not isinstance(error, (ConfigError, OtherProcessError)):
             print(f"pyra: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `pyra tasks ls | head`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,9 +159,11 @@ def _language(options: SeriesOptions) -> int:
     from pyra.tasks.language.training import train_language
     from pyra.tasks.reports import results_table
     from pyra.tasks.reports.report import report
+    from pyra.tasks.resuming import several
 
     series = options.runs()
-    found = [train_language(run) for run in series]
+    with several(Path(options.output)) if len(series) > 1 else nullcontext():
+        found = [train_language(run) for run in series]
     if not processes.is_main():
         return 0
     if len(series) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,17 @@ def shared_folder(begin: Begin, kind: Kind = "run") -> Iterator[Path]:
         yield folder
         processes.wait()
         processes.on_main(stack.close)
+
+
+@contextmanager
+def several(folder: Path) -> Iterator[None]:
+    """Say, where several runs below a folder are interrupted, how they go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if processes.is_main():
+            print(f"what is finished below {folder} is kept; the same line with --resume goes on", file=sys.stderr)
+        raise
 
 
 def interrupted(begin: Begin, kind: Kind = "run") -> Path | None:

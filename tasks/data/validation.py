@@ -14,6 +14,7 @@ from pyra.errors import DataError
 from pyra.tasks.data.cards import load_card
 from pyra.tasks.data.columns import FOUND, Columns
 from pyra.tasks.data.decoding import decoded, split_digest, summary, unreadable_rows
+from pyra.tasks.data.duplicates import shared_content
 from pyra.tasks.data.manifest import Manifest, check_prepared
 from pyra.tasks.data.sources import TUNING, MissingData
 from pyra.tasks.data.task import Task, load_task
@@ -88,7 +89,7 @@ def validate_data(data: str, columns: Columns = FOUND, decode: bool = True) -> C
         task = load_task(data=data, columns=columns)
     except DataError as error:
         return Checked(data, problems=[str(error)])
-    notes = [task.description, *_untrained(task)]
+    notes = [task.description, *_untrained(task), *filter(None, [shared_content(task.splits)])]
     return Checked(task.name, _sizes(task), _faults(task, decode), notes)
 
 

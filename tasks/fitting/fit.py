@@ -66,7 +66,7 @@ class Fitted:
 
     Attributes:
         seconds: wall-clock time of the training, with what was trained before an interruption.
-        losses: step, epoch, loss and learning rate, every ten steps.
+        losses: step, epoch, loss and learning rate, every ten steps and at each checkpoint.
         scores: epoch and score of every epoch of a :class:`Watch`.
         kept: the one of them whose weights were kept, where that was asked for.
     """

@@ -30,7 +30,7 @@ from pyra.tasks.language.models import (
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.resuming import Begin
-from pyra.tasks.runs import ADAPTER, DATA, OPTIONS
+from pyra.tasks.runs import ADAPTER, DATA, OPTIONS, no_run
 
 KIND = "language"
 _LABELS, _BACKBONE = "labels.json", "backbone.json"
@@ -220,6 +220,6 @@ def _read(folder: Path, name: str) -> Any:
     try:
         return read_json(folder / name)
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no finished run ({name} is missing); make one with `pyra train`") from None
+        raise DataError(no_run(folder, name)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pyra.adapters import fold_adapter, save_adapter
+from pyra.adapters import fold_adapter
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.recipe import parameter_groups
 from pyra.errors import ConfigError, TrainingError
@@ -40,8 +40,16 @@ from pyra.tasks.language.scoring import collate
 from pyra.tasks.language.tokens import IGNORED, mask, pad
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.resuming import finished_as, shared_folder
-from pyra.tasks.runs import ADAPTER, DTYPES
-from pyra.tasks.training import PREDICTIONS, TRAINING, ready
+from pyra.tasks.runs import DTYPES
+from pyra.tasks.training import (
+    PREDICTIONS,
+    TRAINING,
+    card_info,
+    ready,
+    refuse_output_in_data,
+    save_trained,
+    write_card,
+)
 from pyra.tasks.usage import Meter
 
 Row = dict[str, Any]
@@ -72,6 +80,7 @@ def train_language(options: LanguageOptions) -> tuple[RunResult, list[str]]:
         TrainingError: where the loss stops being a number.
     """
     device = ready(options)
+    refuse_output_in_data(options)
     task = load_text_task(options.task, options.root, options.data)
     if options.resume:
         earlier = processes.on_main(lambda: finished_as(begin_run(options)))
@@ -115,7 +124,8 @@ def _run(
         processes.on_main(lambda: forget_checkpoints(folder))
         raise
     model.cpu().eval()
-    processes.on_main(lambda: _save_trained(model, folder))
+    info = card_info(options.backbone, task.name)
+    described = processes.on_main(lambda: save_trained(model, folder, info))
     folded = dataclasses.replace(subject, model=fold_adapter(model).to(device).eval())
     scored = answer(folded, task, test, asking(options, f"{options.label}: test"))
 
@@ -134,15 +144,12 @@ def _run(
         )
         write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
         write_json(folder / PREDICTIONS, scored.record("test", test))
+        write_card(folder, described, info, result)
         write_json(folder / RESULT_FILE, result)
         forget_checkpoints(folder)
         return result
 
     return processes.on_main(finish), scored
-
-
-def _save_trained(model: nn.Module, folder: Path) -> None:
-    save_adapter(model, folder / ADAPTER)
 
 
 def asking(options: LanguageOptions, label: str) -> Asking:

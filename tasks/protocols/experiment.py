@@ -28,8 +28,9 @@ from pyra.tasks.protocols.choosing import Choice, ChoosingSplits, Trial, choose,
 from pyra.tasks.protocols.options import ExperimentOptions, differing, plain
 from pyra.tasks.protocols.trials import judged
 from pyra.tasks.results import RunResult
+from pyra.tasks.resuming import several
 from pyra.tasks.runs import new_model, task_for
-from pyra.tasks.training import Plan, ready, refuse_output_in_data, train
+from pyra.tasks.training import Plan, ready, refuse_output_in_data, train, warn_of_shared
 
 EXPERIMENT, SELECTION, TRIALS, LINEAR = "experiment.json", "selection.json", "trials", "linear"
 LINEAR_EPOCHS, LINEAR_LR, LINEAR_TUNE = 30.0, 1e-2, "lr=0.001:0.01:0.1"
@@ -47,13 +48,15 @@ def experiment(options: ExperimentOptions) -> list[RunResult]:
         PyraError: as of :func:`pyra.tasks.training.train`.
     """
     ready(options)
-    task = task_for(options)
     refuse_output_in_data(options)
+    task = task_for(options)
+    warn_of_shared(options, task)
     new_model(options, len(task.labels))  # what is wrong with the backbone is found before the folder is touched
     folder = processes.on_main(lambda: _opened(options))
-    results = _by_protocol(options, task, folder, None)
-    if options.baselines and options.method != "linear":
-        results += _by_protocol(probe_options(options), task, folder / LINEAR, FeatureStore())
+    with several(folder):
+        results = _by_protocol(options, task, folder, None)
+        if options.baselines and options.method != "linear":
+            results += _by_protocol(probe_options(options), task, folder / LINEAR, FeatureStore())
     return results
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pyra.tasks.reports.formats import Table
+from pyra.tasks.reports.formats import Table, clean
 from pyra.tasks.reports.groups import Group, differences, seeds_text, shown
 from pyra.tasks.reports.table import macs_unit, metric_name, number_text, protocol_label, value_text
 
@@ -119,9 +119,14 @@ _OF_DATA = frozenset({"preprocessing", "num_test", "task_version", "test_sha256"
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value of a record as it stands in a CSV file: numbers in full, lists and settings as JSON."""
+    """Return a value of a record as it stands in a CSV file: numbers in full, lists and settings as JSON.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     if value is None:
         return ""
+    if isinstance(value, str):
+        return f"'{clean(value)}" if value.lstrip()[:1] in tuple("=+-@") else clean(value)
     return json.dumps(value, sort_keys=True, ensure_ascii=False) if isinstance(value, (dict, list)) else value
 
 

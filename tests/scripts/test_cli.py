@@ -254,6 +254,19 @@ def test_main_turns_errors_into_a_line_and_a_status(
     assert capsys.readouterr().err == message
 
 
+def test_one_of_several_processes_leaves_the_telling_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(_: float) -> None:  # as a launcher ends it
+        raise SystemExit(143)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pyra.scripts.main.time.sleep", ended)
+    with pytest.raises(SystemExit):
+        main(["tasks", "validate", "nosuch"])
+    assert capsys.readouterr().err == ""
+
+
 def test_main_keeps_the_traceback_of_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("pyra.scripts.failing")
     monkeypatch.setattr(module, "main", lambda argv: 1 / 0, raising=False)

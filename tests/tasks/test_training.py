@@ -63,6 +63,9 @@ def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> N
         "result.json",
         "training.json",
     ]
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "| task | demo |" in card and f"| accuracy | {result.value:g} |" in card
+    assert f"| backbone | {tiny_backbone.name} |" in card and str(tiny_backbone) not in card
     again = evaluate_run(tmp_path / "run", device="cpu")
     assert again.value == pytest.approx(result.value)
     assert (tmp_path / "run" / "evaluation.json").is_file()
@@ -307,6 +310,10 @@ def test_a_run_is_not_written_among_the_images(tiny_backbone: Path, tmp_path: Pa
             Image.new("RGB", (8, 8), (number * 9, 0, 0)).save(tmp_path / name / f"{number}.png")
     with pytest.raises(OutputError, match="inside --data"):
         train(options(tiny_backbone, tmp_path / "runs" / "a", data=str(tmp_path), limit=None))
+    with pytest.raises(OutputError, match=r"--data .* or inside it"):
+        train(options(tiny_backbone, tmp_path, data=str(tmp_path / "cat"), limit=None))
+    with pytest.raises(OutputError, match=r"--root .* or inside it"):
+        train(options(tiny_backbone, tmp_path, root=str(tmp_path)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cat", "dog"]
 
 
@@ -357,14 +364,14 @@ def test_a_full_disk_is_told_in_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Once while the adapter is written, once while a checkpoint is."""
-    plain = training._save_trained
+    plain = training.save_trained
 
-    def save(*arguments: Any) -> None:
+    def save(*arguments: Any) -> Any:
         request.getfixturevalue("tiny_disk")
-        plain(*arguments)
+        return plain(*arguments)
 
     if save_adapter_alone:
-        monkeypatch.setattr(training, "_save_trained", save)
+        monkeypatch.setattr(training, "save_trained", save)
     else:
         request.getfixturevalue("tiny_disk")
     flags = f"--task demo --method full --epochs 1 --limit 32 --device cpu --output {tmp_path / 'a'}".split()

@@ -81,11 +81,15 @@ def test_published_protocol_reports_the_best_epoch_of_the_test_split(
         assert "test split" in str(result.selection)
         best = max(scores, key=lambda one: one[1])
         assert result.chosen == {"epoch": best[0], "test_score": best[1]}
-    assert [entry["step"] for entry in training_of(tmp_path / "x" / "seed-0")["losses"]] == [1, 10]
+    assert [entry["step"] for entry in training_of(tmp_path / "x" / "seed-0")["losses"]] == [1, 4, 8, 10, 12]
 
 
 def test_an_experiment_goes_on_where_it_was(
-    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: list[str]
+    tiny_backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    looks: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes: dict[str, Any] = {"protocol": "validation", "tune": "lr=1e-3:2e-2", "baselines": True}
     monkeypatch.setattr("pyra.tasks.protocols.experiment.LINEAR_EPOCHS", 3.0)
@@ -96,10 +100,13 @@ def test_an_experiment_goes_on_where_it_was(
 
         patch.setattr("pyra.tasks.protocols.experiment.train", stop)
         experiment(options(tiny_backbone, tmp_path / "x", **changes))
+    assert f"below {tmp_path / 'x'} is kept; the same line with --resume" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no run of it is finished, --resume"):
+        evaluate_run(tmp_path / "x")
     assert len(looks) == 4
     with pytest.raises(OutputError, match=r"other options \(--lr\)"):
         experiment(options(tiny_backbone, tmp_path / "x", **changes, lr=0.5, resume=True))
-    with pytest.raises(OutputError, match="already holds a"):
+    with pytest.raises(OutputError, match="already holds an experiment: pass --resume to go on with it"):
         experiment(options(tiny_backbone, tmp_path / "x", **changes))
     results = experiment(options(tiny_backbone, tmp_path / "x", **changes, resume=True))
     assert [(result.method, result.seed) for result in results] == [
