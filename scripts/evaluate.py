@@ -106,7 +106,7 @@ def _image_run(options: EvaluateOptions) -> int:
     )
     print(results_table([result]))
     if result.skipped_images:
-        print(f"{result.skipped_images} unreadable images were left out")
+        print(f"unreadable images left out: {result.skipped_images}")
     if (text := caution(result)) is not None:
         print(text)
     print(f"written to {Path(options.run) / evaluation_file(options.split, options.rate)}")

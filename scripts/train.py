@@ -119,7 +119,7 @@ def _single(options: ExperimentOptions) -> int:
         return 0
     print(results_table([result]))
     if result.skipped_images:
-        print(f"{result.skipped_images} unreadable images were left out")
+        print(f"unreadable images left out: {result.skipped_images}")
     if options.elastic:
         print(f"scored at the highest rate; any other: pyra evaluate {options.output} --rate {options.rates()[0]}")
     print(

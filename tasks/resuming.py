@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyra.errors import DataError, OutputError
+from pyra.errors import ConfigError, DataError, OutputError
 from pyra.files import read_json
 from pyra.tasks.data.task import Task
 from pyra.tasks.fitting import processes
@@ -61,7 +61,12 @@ def finished(options: RunOptions, task: Task) -> RunResult | None:
 
 def finished_as(begin: Begin) -> RunResult | None:
     """Return the result of a run that was begun so and is complete, or None."""
-    return read_result(begin.output) if _is_finished(begin, "run", RESULT_FILE) else None
+    if not _is_finished(begin, "run", RESULT_FILE):
+        return None
+    try:
+        return read_result(begin.output)
+    except (DataError, ConfigError) as error:
+        raise DataError(f"{error}; remove {begin.output} to train this run again") from None
 
 
 def is_finished(options: RunOptions, task: Task, kind: Kind, file: str) -> bool:

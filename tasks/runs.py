@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
+from pyra.adapters.methods import refuse_rank
 from pyra.backbones import geometry
 from pyra.backbones.loading import create_backbone, weights_file
 from pyra.checkpoints import file_digest
@@ -83,6 +84,8 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
     remember_weights(model, options.pretrained or options.checkpoint is not None)
     if options.method == "full":
         return model
+    if options.peft_method is not None:
+        refuse_rank(options.peft_method, options.rank, int(getattr(model, "num_features", options.rank)))
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
 
 

@@ -56,7 +56,7 @@ class Scored:
 
     def notes(self) -> list[str]:
         """Say what was not as it should be."""
-        return [f"{self.cut} examples are longer than what is read, and were cut"] if self.cut else []
+        return [f"examples longer than what is read, cut: {self.cut}"] if self.cut else []
 
 
 @dataclass(frozen=True)

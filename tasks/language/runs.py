@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
+from pyra.adapters.methods import refuse_rank
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
@@ -96,6 +97,9 @@ def new_subject(options: LanguageOptions, task: TextTask) -> Subject:
 
 def adapted(model: nn.Module, options: LanguageOptions) -> nn.Module:
     """Adapt a model as the options say."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if width is not None:
+        refuse_rank(options.method, options.rank, width)
     return model if options.method == "full" else adapt(model, peft=options.peft_config())
 
 

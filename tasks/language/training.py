@@ -92,7 +92,7 @@ def train_language(options: LanguageOptions) -> tuple[RunResult, list[str]]:
     examples, test = task.split("train", options.limit), task.split("test", options.limit)
     rows, trained_on = training_rows(subject, examples)
     left_out = len(examples) - len(trained_on)
-    notes = [f"{left_out} training examples are longer than {subject.max_length} tokens, and were left out"]
+    notes = [f"training examples longer than {subject.max_length} tokens, left out: {left_out}"]
     weights = backbone_digest(subject.model)
     subject = dataclasses.replace(subject, model=adapted(subject.model, options))
     begin = begin_run(options, task, left_out)

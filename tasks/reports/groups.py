@@ -118,6 +118,7 @@ def identity(row: RunResult) -> dict[str, Any]:
     cost = {"rate", "schedule", "macs"}
     chosen |= cost if cost & chosen else set()
     same = {name: getattr(row, name) for name in _SAME if name not in chosen}
+    same["backbone"] = backbone_name(row)
     settings = {name: value for name, value in (row.settings or {}).items() if name not in chosen}
     drawn = settings.get("shots") is not None
     if drawn:
@@ -125,6 +126,12 @@ def identity(row: RunResult) -> dict[str, Any]:
     adapter = {} if chosen else dict(row.adapter or {})
     train = None if drawn else row.train_sha256
     return {**same, "train_sha256": train, "settings": settings, "adapter": adapter}
+
+
+def backbone_name(row: RunResult) -> str | None:
+    """Return what tells backbones apart: where the hash of the weights is known, a folder counts whatever its path."""
+    known = row.backbone is not None and row.weights_sha256 not in (None, "random")
+    return Path(str(row.backbone)).name if known else row.backbone
 
 
 def draw_of(row: RunResult) -> tuple[int, int]:

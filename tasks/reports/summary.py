@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyra.tasks.reports.formats import Table, clean
-from pyra.tasks.reports.groups import Group, differences, seeds_text, shown
+from pyra.tasks.reports.groups import Group, backbone_name, differences, seeds_text, shown
 from pyra.tasks.reports.table import macs_unit, metric_name, number_text, protocol_label, value_text
 
 SORTS = ("name", "value", "rate", "macs", "speed")
@@ -48,7 +48,7 @@ def summary(groups: Sequence[Group]) -> Table:
         if name == "task" or set(texts) != {"test"}:
             columns[name] = texts
     columns["method"] = [shown(one, "method") for one in groups]
-    if len({shown(one, "backbone") for one in runs}) > 1:
+    if len({backbone_name(one.row) for one in runs}) > 1:
         columns["backbone"] = [shown(one, "backbone") for one in groups]
     different = differences(groups)
     if any(different):

@@ -192,8 +192,14 @@ def test_all_option_problems_at_once() -> None:
         RunOptions(method="lora", rate=0.5, epochs=0, lr=-1, device="tpu", task="demo", data="x")
     for part in ("merges no tokens", "--epochs", "--lr", "'tpu'", "not both"):
         assert part in str(caught.value)
-    with pytest.raises(ConfigError, match="exactly one of --rate and --schedule"):
+    with pytest.raises(ConfigError, match=r"exactly one of --rate and --schedule, such as --rate 0\.5"):
         RunOptions(method="pyra")
+
+
+@pytest.mark.parametrize("method", ["lora", "pyra", "bottleneck"])
+def test_a_rank_above_the_width_is_refused(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rank 100000000 is more than the 32 features"):
+        new_model(options(tiny_backbone, tmp_path, method=method, rank=10**8), 10)
 
 
 def test_unfinished_or_foreign_folders(tiny_backbone: Path, tmp_path: Path) -> None:

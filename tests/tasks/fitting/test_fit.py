@@ -143,7 +143,7 @@ def test_a_clock_counts_the_sitting_before() -> None:
         ({"smoothing": 1.0}, "--smoothing must be in"),
         ({"mixup": -1.0}, "--mixup must be a number of at least 0"),
         ({"accumulate": 0}, "--accumulate must be a positive number"),
-        ({"accumulate": 3}, "--batch-size 8 cannot be shared by 1 processes times 3 parts"),
+        ({"accumulate": 3}, "--batch-size 8 cannot be shared by 1 process times 3 parts"),
         ({"method": "linear", "rate": None, "ema": 0.9}, "--ema goes with every method but linear"),
         ({"method": "linear", "rate": None, "mixup": 1.0}, "--mixup: a linear probe"),
         ({"track": ("tensorbord",)}, "--track must be one of .*did you mean 'tensorboard'"),

@@ -59,6 +59,10 @@ def test_candidates() -> None:
     options = ExperimentOptions(
         method="lora", protocol="validation", tune="lr=1e-3:3e-3,scaled-gates=false,ema=0.9:0.99,rank=4"
     )
+    twice = ExperimentOptions(method="lora", protocol="validation", tune="lr=1e-3:0.001:3e-3")
+    assert [changes["lr"] for changes in twice.candidates()] == [1e-3, 3e-3]
+    with pytest.raises(ConfigError, match="it takes rank, dropout"):
+        ExperimentOptions(method="lora", protocol="validation", tune="foo=1:2")
     assert options.candidates()[1] == {"lr": 1e-3, "scaled_gates": False, "ema": 0.99, "rank": 4}
     assert len(options.candidates()) == 4
     assert options.number_of_runs() == 3

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pyra.files import write_json
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.comparable import missing_probes, warnings
 from pyra.tasks.reports.groups import Group, differences, group, majority_groups, seeds_text
@@ -152,3 +153,18 @@ def test_missing_linear_probes_come_with_their_command(make) -> None:
     assert "pyra train --task demo --shots 4 --method linear --output runs/demo-4shot-linear" in fourth
     many = missing_probes(grouped(*(make(task=f"t{i}") for i in range(9))))
     assert len(many) == 5 and many[-1] == "5 more linear probes are missing"
+
+
+def test_a_backbone_by_two_paths_is_one(make) -> None:
+    rows = [make(backbone=path, weights_sha256="a", seed=seed) for seed, path in enumerate(("vit", "/models/vit"))]
+    assert len(grouped(*rows)) == 1
+    probe = make("linear", backbone="../vit", weights_sha256="a")
+    assert missing_probes(grouped(*rows, probe)) == []
+    assert len(grouped(*(make(backbone=path, weights_sha256="random") for path in ("vit", "/models/vit")))) == 2
+
+
+def test_a_suggested_command_names_the_data_as_it_lies(make, tmp_path: Path) -> None:
+    write_json(tmp_path / "options.json", {"data": "/home/me/my photos"})
+    row = make(task="my photos", data_source="my photos")
+    (line,) = missing_probes(group([Found(tmp_path / "result.json", row)])[0])
+    assert "--data '/home/me/my photos'" in line
