@@ -49,6 +49,7 @@ class CardInfo:
         task: data set or task the adapter was trained for.
         metric: what was measured on it, such as ``"accuracy"``.
         value: the outcome, given together with ``task`` and ``metric``.
+        backbone: what the table calls the backbone where the hub has no name for it.
 
     Raises:
         ConfigError: for a metric without task or value, or a value that is no finite number.
@@ -58,6 +59,7 @@ class CardInfo:
     task: str | None = None
     metric: str | None = None
     value: float | None = None
+    backbone: str | None = None
 
     def __post_init__(self) -> None:
         """Check that a result is a whole one."""
@@ -81,6 +83,54 @@ def is_ours(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a card says of an adapted model by itself; it outlives the model's folding.
+
+    Attributes:
+        base: the backbone's name on the hub, as far as the model tells.
+        method: what is trained.
+        merging: which tokens merge, in words; None for none.
+        weights: how many numbers the file holds.
+        task_type: as the hub calls it.
+    """
+
+    base: str | None
+    method: str
+    merging: str | None
+    weights: int
+    task_type: str
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: int) -> Described:
+        """Describe a model from :func:`pyra.adapters.adapt`."""
+        schedule = wrapped_schedule(model)
+        merging = _merging(model, schedule) if schedule is not None and any(schedule) else None
+        task_type = "image-classification" if is_image_model(model) else "text-generation"
+        return cls(base_model(model), method_name(model), merging, weights, task_type)
+
+    def card(self, info: CardInfo) -> str:
+        """Return the card as Markdown with YAML front matter."""
+        base = info.base_model or self.base
+        rows = [
+            ("backbone", base or info.backbone or "not recorded"),
+            ("method", self.method),
+            ("merging", self.merging or "none"),
+            ("weights in the file", f"{self.weights:,}"),
+        ]
+        if info.task is not None:
+            rows.append(("task", info.task))
+        if info.metric is not None:
+            rows.append((info.metric, f"{info.value:g}"))
+        table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+        merges = self.merging is not None
+        note = (
+            "\nTokens merge only through `load_adapter`: stock peft reads the PEFT weights alone.\n" if merges else ""
+        )
+        front = _front_matter(base, self.method, merges, info, self.task_type)
+        return _TEMPLATE.format(front=front, mark=MARK, table=table, note=note)
+
+
 def model_card(model: nn.Module, weights: Mapping[str, Tensor], info: CardInfo) -> str:
     """Write the card of an adapted model as Markdown with YAML front matter.
 
@@ -89,23 +139,7 @@ def model_card(model: nn.Module, weights: Mapping[str, Tensor], info: CardInfo) 
         weights: the tensors in the file.
         info: what the model does not know.
     """
-    base, method, schedule = info.base_model or base_model(model), method_name(model), wrapped_schedule(model)
-    merges = schedule is not None and any(schedule)
-    rows = [
-        ("backbone", base or "not recorded"),
-        ("method", method),
-        ("merging", _merging(model, schedule) if merges else "none"),
-        ("weights in the file", f"{sum(tensor.numel() for tensor in weights.values()):,}"),
-    ]
-    if info.task is not None:
-        rows.append(("task", info.task))
-    if info.metric is not None:
-        rows.append((info.metric, f"{info.value:g}"))
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
-    task_type = "image-classification" if is_image_model(model) else "text-generation"
-    note = "\nTokens merge only through `load_adapter`: stock peft reads the PEFT weights alone.\n" if merges else ""
-    front = _front_matter(base, method, merges, info, task_type)
-    return _TEMPLATE.format(front=front, mark=MARK, table=table, note=note)
+    return Described.of(model, sum(tensor.numel() for tensor in weights.values())).card(info)
 
 
 def base_model(model: nn.Module) -> str | None:

@@ -97,6 +97,17 @@ PEFT_METHODS: dict[str, str] = {name: text for name, (text, _) in _METHODS.items
 """Names that :func:`peft_config` takes, and what each is."""
 
 
+_OF_RANKS = ("lora", "dora", "rslora", "pissa", "adalora", "loha", "lokr", "bottleneck", "adaptformer")
+
+
+def refuse_rank(method: str, rank: int, width: int) -> None:
+    """Raise :class:`ConfigError` for a rank above the width of a layer: it holds no more, and may fill the memory."""
+    if method in _OF_RANKS and rank > width:
+        raise ConfigError(
+            f"--rank {rank} is more than the {width} features of the backbone's layers: give a smaller one"
+        )
+
+
 def peft_config(method: str, rank: int, dropout: float = 0.0, targets: Sequence[str] | None = None) -> PeftConfig:
     """Return the configuration of a PEFT method; LoRA and bottleneck are as the paper has them (arXiv 2403.09192, 4).
 

@@ -17,7 +17,7 @@ from pyra.adapters.several import settle
 from pyra.adapters.starts import save_as_plain_lora
 from pyra.adapters.targets import trained_modules
 from pyra.backbones import wrapped_config, wrapped_schedule
-from pyra.checkpoints import value_problems
+from pyra.checkpoints import value_problems, writing
 from pyra.errors import CheckpointError, ConfigError
 from pyra.files import write_json, write_text
 
@@ -38,13 +38,14 @@ def save_adapter(model: nn.Module, folder: str | Path, card: CardInfo | None = N
         ConfigError: where ``folder`` is none, or the model carries several adapters, or trained weights that PEFT would
             not save (named).
         CheckpointError: where a trained weight is NaN or infinite (named); nothing is written.
+        OSError: where a file cannot be written, such as on a full disk; an earlier adapter stays.
     """
     if not isinstance(folder, (str, Path)) or Path(folder).is_file():
         raise ConfigError(f"save_adapter writes a folder, got {folder!r}")
     settle(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as staging:
         written = Path(staging)
         if isinstance(model, PeftModel):
             name = _only_adapter(model)

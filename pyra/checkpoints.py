@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -81,6 +86,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if odd:
         raise CheckpointError(f"{path}: {'; '.join(odd[:8])}; save plain dense tensors")
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Let whatever a block writes weights with fail as files do: with an ``OSError`` that names ``path``.
+
+    safetensors has an error class of its own for a full disk, and torch raises ``RuntimeError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    except RuntimeError as error:
+        if not re.search("inline_container|PytorchStreamWriter", str(error)):
+            raise
+        raise OSError(errno.ENOSPC, "it cannot be written to its end (no space left?)", str(path)) from None
 
 
 def _is_pickle(path: Path) -> bool:

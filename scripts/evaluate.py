@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _image_run(options: EvaluateOptions) -> int:
     known = (*_OF_IMAGES, *_OF_BOTH)
     _refuse(options, [f.name for f in fields(options) if f.name not in known], f"is for language: {options.run} is not")
-    from pyra.tasks.evaluation import evaluate_run, evaluation_file
+    from pyra.tasks.evaluation import caution, evaluate_run, evaluation_file
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
 
@@ -106,7 +106,9 @@ def _image_run(options: EvaluateOptions) -> int:
     )
     print(results_table([result]))
     if result.skipped_images:
-        print(f"{result.skipped_images} unreadable images were left out")
+        print(f"unreadable images left out: {result.skipped_images}")
+    if (text := caution(result)) is not None:
+        print(text)
     print(f"written to {Path(options.run) / evaluation_file(options.split, options.rate)}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -24,6 +25,7 @@ VERBS = {
     "env": ("pyra.scripts.env", "show versions and hardware, for bug reports"),
 }
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DESCRIPTION = "Adapt a pretrained transformer with few trained weights, and make it faster by merging tokens."
 _EXAMPLE = "pyra train --task demo --method pyra --rate 0.7 --output runs/a"
 
@@ -50,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except PyraError as error:
-        if not alone and isinstance(error, (ConfigError, OtherProcessError)):
-            time.sleep(10)  # the first process says the same, unless a launcher ends it because this one has ended
-        else:
+        if not alone:
+            time.sleep(10)  # the first process says the same, and its launcher then ends this one
+        if alone or not isinstance(error, (ConfigError, OtherProcessError)):
             print(f"pyra: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `pyra tasks ls | head`
@@ -61,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"pyra: error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        full = error.errno in _NO_ROOM
+        hint = "; free some space there, or choose another --output" if full else ""
+        what = f"cannot {'write' if full else 'use'} {error.filename}"
+        print(f"pyra: error: {what}: {error.strerror}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pyra: interrupted", file=sys.stderr)

@@ -74,7 +74,7 @@ def convert(split: str, rows: list[int], options: DemoTaskOptions) -> int:
     source = Path(options.source) / f"{split}.parquet"
     table = pq.read_table(source, columns=["image", "label"])
     images = []
-    for row in tqdm(rows, desc=split, unit="image"):
+    for row in tqdm(rows, desc=split, unit="image", disable=None):
         image = table["image"][row].as_py()
         path = image["path"] or f"{split}/{row:06d}.jpg"
         images.append({"bytes": shrink(image["bytes"], options.side, options.quality), "path": path})

@@ -122,7 +122,7 @@ def read_crops(files: tuple[str, ...], crops: int, limit: int | None, generator:
     found = []
     for file in files:
         encoded = pyarrow.parquet.read_table(file, columns=["image"]).column("image").to_pylist()[:limit]
-        for row in tqdm(encoded, desc=Path(file).name, unit="picture", mininterval=5):
+        for row in tqdm(encoded, desc=Path(file).name, unit="picture", disable=None, mininterval=5):
             picture = Image.open(io.BytesIO(row["bytes"])).convert("RGB")
             for scale, x, y in torch.rand(crops, 3, generator=generator).tolist():
                 side = min(picture.size) * (0.35 + 0.65 * scale) ** 0.5
@@ -151,7 +151,7 @@ def teach(teacher: VisionTransformer, images: Tensor, size: int) -> Tensor:
     """The teacher's class and patch tokens for every image, [n, 1 + cells, channels] fp16."""
     mean, std = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
     features = []
-    for batch in tqdm(images.split(64), desc="teacher", unit="batch", mininterval=5):
+    for batch in tqdm(images.split(64), desc="teacher", unit="batch", disable=None, mininterval=5):
         with torch.autocast("cpu", torch.bfloat16):
             tokens = teacher.forward_features(prepare(batch, size, mean, std))
         patches = tokens[:, teacher.num_prefix_tokens :]
@@ -284,7 +284,9 @@ def train(options: PretrainOptions) -> dict[str, Any]:
         order = torch.randperm(count, generator=generator)
         keep = grid * grid if phase == options.epochs else round(grid * grid * (1 - options.patch_drop))
         sums = torch.zeros(3)
-        with tqdm(range(steps), desc=f"phase {phase + 1}/{len(phases)}", unit="step", mininterval=5) as bar:
+        with tqdm(
+            range(steps), desc=f"phase {phase + 1}/{len(phases)}", unit="step", disable=None, mininterval=5
+        ) as bar:
             for step in bar:
                 index = order[step * options.batch_size : (step + 1) * options.batch_size]
                 flip = torch.rand(len(index), generator=generator) < 0.5

@@ -31,7 +31,9 @@ class ValidateOptions:
     name: str | None = option(None, "a task, a suite, or the card file of a language task; demo by default")
     root: str | None = option(None, "folder with the data of tasks that bring none (PYRA_DATA by default)")
     data: str | None = option(
-        None, "instead of a task: your folder of images or parquet file, or owner/name on the hub"
+        None,
+        "instead of a task: your folder of images or parquet file, or owner/name on the hub; beside a language task: "
+        "folder with its files",
     )
     image_column: str | None = option(None, "column of --data with the images, where type and name do not tell")
     label_column: str | None = option(None, "column of --data with the labels, the same")
@@ -133,8 +135,13 @@ def _validate(arguments: Sequence[str]) -> int:
         example="pyra tasks validate vtab-1k --root data/\n  pyra tasks validate --data photos/",
         positional="name",
     )
-    if options.data is not None and options.name is not None:
+    from pyra.tasks.language.cards import is_text_task
+
+    about_texts = is_text_task(options.name)
+    if options.data is not None and options.name is not None and not about_texts:
         raise ConfigError(f"give NAME ({options.name}) or --data ({options.data}), not both")
+    if options.data is not None and options.root is not None and about_texts:
+        raise ConfigError("give --root or --data, not both")
     if options.data is None and (options.image_column or options.label_column):
         raise ConfigError("--image-column and --label-column go with --data")
     from tabulate import tabulate
@@ -148,7 +155,7 @@ def _validate(arguments: Sequence[str]) -> int:
     quiet_libraries()
     root = options.root or os.environ.get("PYRA_DATA")
     counted = "images"
-    if options.data is not None:
+    if options.data is not None and not about_texts:
         found = [validate_data(options.data, Columns(options.image_column, options.label_column), options.decode)]
     else:
         name = options.name or "demo"
@@ -156,7 +163,7 @@ def _validate(arguments: Sequence[str]) -> int:
         cards = suite_cards(name) if suite else [_card(name)]
         counted = "examples" if all(card.kind == "text" for card in cards) else "images"
         bar = tqdm([card.name for card in cards] if suite else [name], unit="task", disable=None, leave=False)
-        found = [validate(one, root, options.decode) for one in bar]
+        found = [validate(one, root, options.decode, options.data) for one in bar]
     rows = [
         {
             "task": checked.task,

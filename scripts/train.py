@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,16 +80,20 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
 
 
 def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
-    from pyra.tasks.language.options import METHODS
+    from pyra.tasks.language.options import METHODS, NO_MERGING
     from pyra.tasks.language.series import SeriesOptions
+    from pyra.tasks.options import MERGING
 
     for name in ("protocol", "tune", "patience"):
         if peek(argv, name) is not None:
             raise ConfigError(f"--{name} is not for language tasks yet: their runs end with the last epoch")
+    verb = f"pyra train --task {peek(argv, 'task')}"
+    if peek(argv, "method") in MERGING:
+        raise ConfigError(f"{NO_MERGING} (see '{verb} --help')")
     return parse(
         SeriesOptions,
         argv,
-        prog="pyra train",
+        prog=verb,
         description=(
             "Adapt a language model to a task, save the run, and score it on the test split: texts classified by a new "
             f"head, or answered by prompt.\n\nmethods:\n{_listed(METHODS)}"
@@ -114,7 +119,7 @@ def _single(options: ExperimentOptions) -> int:
         return 0
     print(results_table([result]))
     if result.skipped_images:
-        print(f"{result.skipped_images} unreadable images were left out")
+        print(f"unreadable images left out: {result.skipped_images}")
     if options.elastic:
         print(f"scored at the highest rate; any other: pyra evaluate {options.output} --rate {options.rates()[0]}")
     print(
@@ -137,8 +142,10 @@ def _several(options: ExperimentOptions) -> int:
     write_text(folder / "summary.md", report([str(folder)], style="markdown", against=against).text)
     print(report([str(folder)], against=against).text)
     if options.protocol is not None:
-        chosen = ", ".join(f"{name} {_short(value)}" for name, value in (results[0].chosen or {}).items())
-        print(f"chosen: {chosen or 'the best epoch of each run'} ({results[0].selection})")
+        for result in results if options.protocol == "published" else results[:1]:
+            chosen = ", ".join(f"{name} {_short(value)}" for name, value in (result.chosen or {}).items())
+            who = f" ({result.method}, seed {result.seed})" if options.protocol == "published" else ""
+            print(f"chosen{who}: {chosen} ({result.selection}; {result.epochs:g} epochs at most)")
     print(f"saved to {folder}, a run for each seed; next: pyra evaluate {folder}/seed-{options.seed}")
     return 0
 
@@ -152,9 +159,11 @@ def _language(options: SeriesOptions) -> int:
     from pyra.tasks.language.training import train_language
     from pyra.tasks.reports import results_table
     from pyra.tasks.reports.report import report
+    from pyra.tasks.resuming import several
 
     series = options.runs()
-    found = [train_language(run) for run in series]
+    with several(Path(options.output)) if len(series) > 1 else nullcontext():
+        found = [train_language(run) for run in series]
     if not processes.is_main():
         return 0
     if len(series) > 1:

@@ -157,6 +157,16 @@ def evaluate_run(
     return result
 
 
+def caution(result: RunResult) -> str | None:
+    """Say what an evaluation is not good for, or None."""
+    if result.protocol != "validation" or result.split == "test":
+        return None
+    return (
+        f"note: images outside the test split chose the settings of this run, and most trained it: its score on "
+        f"{result.split} is no estimate for new images"
+    )
+
+
 def evaluation_file(split: str, rate: float | None = None) -> str:
     """Name the file that ``pyra evaluate`` writes: ``evaluation.json``, with what was asked for in its name."""
     parts = ["evaluation"] + ([split] if split != "test" else []) + ([f"rate-{rate:g}"] if rate is not None else [])

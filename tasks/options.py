@@ -81,7 +81,9 @@ class RunOptions:
     randaugment: str | None = option(None, "RandAugment in timm's words, such as rand-m9-mstd0.5-inc1")
     accumulate: int = option(1, "parts a step's images are forwarded in: less memory, the same step")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, slower steps")
-    track: tuple[str, ...] = option((), "trackers that must be installed", choices=TRACKERS)
+    track: tuple[str, ...] = option(
+        (), "trackers that must be installed (tensorboard writes into RUN/logs)", choices=TRACKERS
+    )
     save_steps: int = option(500, "steps between checkpoints, besides one at the end of each epoch")
     seed: int = option(0, "random seed")
     device: str = option("auto", "auto, cpu or cuda")
@@ -122,7 +124,8 @@ class RunOptions:
             problems.append("--output is empty; give a folder")
         given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
         if self.method in MERGING and len(given) != 1:
-            problems.append(f"--method {self.method} needs exactly one of --rate and --schedule")
+            hint = "" if given else ", such as --rate 0.5 for half of the multiply-accumulates"
+            problems.append(f"--method {self.method} needs exactly one of --rate and --schedule{hint}")
         if self.method not in MERGING and given:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
         if self.method not in MERGING and self.peft is not None:
@@ -215,14 +218,20 @@ class RunOptions:
             problems.append("--gradient-checkpointing: a linear probe has no backward pass through its backbone")
         return problems
 
+    @property
+    def peft_method(self) -> str | None:
+        """Name of the PEFT method, or None."""
+        if self.method in MERGING:
+            return self.peft or "lora"
+        named = {"adapter": "bottleneck"}.get(self.method, self.method)
+        return named if named in PEFT_METHODS else None
+
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
-        name = (
-            (self.peft or "lora") if self.method in MERGING else {"adapter": "bottleneck"}.get(self.method, self.method)
-        )
-        if name not in PEFT_METHODS:
+        if self.peft_method is None:
             return None
-        return peft_config(name, self.rank, self.dropout, [target.strip() for target in self.targets.split(",")])
+        targets = [target.strip() for target in self.targets.split(",")]
+        return peft_config(self.peft_method, self.rank, self.dropout, targets)
 
     @property
     def label(self) -> str:

@@ -97,6 +97,10 @@ def staged_output(
         folder.mkdir(parents=True, exist_ok=True)
         put_right(folder, kind)
         earlier = _earlier(folder, kind, overwrite)
+        if resumed is None and (left := unfinished(folder, kind)):
+            print(
+                f"note: {left[0]} is interrupted and stays; --resume goes on with it, this starts anew", file=sys.stderr
+            )
         staging = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder)) if resumed is None else resumed
         lock = _locked(staging)
         if lock is None:
@@ -217,8 +221,9 @@ def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
     if found != kind:
         raise OutputError(f"{folder} holds {_a(found)}, not {_a(kind)}: choose another --output")
     if not overwrite:
+        going_on = "--resume to go on with it, " if kind == "experiment" else ""
         raise OutputError(
-            f"{folder} already holds {_a(kind)}: pass --overwrite to replace it or choose another --output"
+            f"{folder} already holds {_a(kind)}: pass {going_on}--overwrite to replace it or choose another --output"
         )
     for name, known in _INSIDE.items():
         if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():

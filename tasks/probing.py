@@ -69,7 +69,9 @@ def frozen_features(
     plain: Any = model.to(device).eval()
     features, labels = [], []
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in tqdm(DataLoader(data, batch_size=batch_size), desc="features", unit="batch", leave=False):
+        for batch in tqdm(
+            DataLoader(data, batch_size=batch_size), desc="features", unit="batch", leave=False, disable=None
+        ):
             tokens = plain.forward_features(batch["pixel_values"].to(device))
             features.append(plain.forward_head(tokens, pre_logits=True).float().cpu())
             labels.append(batch["labels"])

@@ -52,7 +52,7 @@ class RunResult:
         higher_is_better: direction of the metric.
         protocol: a name of :data:`PROTOCOLS`; a text in rows of schema version 1.
         selection: the rule by which hyper-parameters and epoch were chosen.
-        chosen: what was chosen by it, and only that.
+        chosen: what was chosen by it, and only that; ``epoch`` is the one whose weights were kept, of ``epochs``.
         settings: the options that decide the training, whatever they are; what differs only in ``seed`` is one method.
         adapter: ``peft`` and ``pyra``, the configurations of what was trained.
         split: that was scored.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyra.errors import DataError, OutputError
+from pyra.errors import ConfigError, DataError, OutputError
 from pyra.files import read_json
 from pyra.tasks.data.task import Task
 from pyra.tasks.fitting import processes
@@ -60,7 +61,12 @@ def finished(options: RunOptions, task: Task) -> RunResult | None:
 
 def finished_as(begin: Begin) -> RunResult | None:
     """Return the result of a run that was begun so and is complete, or None."""
-    return read_result(begin.output) if _is_finished(begin, "run", RESULT_FILE) else None
+    if not _is_finished(begin, "run", RESULT_FILE):
+        return None
+    try:
+        return read_result(begin.output)
+    except (DataError, ConfigError) as error:
+        raise DataError(f"{error}; remove {begin.output} to train this run again") from None
 
 
 def is_finished(options: RunOptions, task: Task, kind: Kind, file: str) -> bool:
@@ -108,6 +114,17 @@ def shared_folder(begin: Begin, kind: Kind = "run") -> Iterator[Path]:
         yield folder
         processes.wait()
         processes.on_main(stack.close)
+
+
+@contextmanager
+def several(folder: Path) -> Iterator[None]:
+    """Say, where several runs below a folder are interrupted, how they go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if processes.is_main():
+            print(f"what is finished below {folder} is kept; the same line with --resume goes on", file=sys.stderr)
+        raise
 
 
 def interrupted(begin: Begin, kind: Kind = "run") -> Path | None:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
+from pyra.adapters.methods import refuse_rank
 from pyra.backbones import geometry
 from pyra.backbones.loading import create_backbone, weights_file
 from pyra.checkpoints import file_digest
@@ -34,7 +35,9 @@ from pyra.tasks.data.columns import Columns
 from pyra.tasks.data.fewshot import few_shot
 from pyra.tasks.data.task import Task, load_task, split_digest
 from pyra.tasks.options import DEVICES, RunOptions
+from pyra.tasks.output import unfinished
 from pyra.tasks.provenance import remember_weights
+from pyra.tasks.results import RESULT_FILE
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 ADAPTER = "adapter"
@@ -81,6 +84,8 @@ def new_model(options: RunOptions, num_classes: int) -> nn.Module:
     remember_weights(model, options.pretrained or options.checkpoint is not None)
     if options.method == "full":
         return model
+    if options.peft_method is not None:
+        refuse_rank(options.peft_method, options.rank, int(getattr(model, "num_features", options.rank)))
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
 
 
@@ -210,11 +215,17 @@ def _read_json(folder: Path, name: str) -> Any:
     try:
         return read_json(folder / name)
     except FileNotFoundError:
-        if (folder / "experiment.json").is_file():
-            runs = sorted(entry.name for entry in folder.glob("seed-*"))
-            raise DataError(
-                f"{folder} holds an experiment: name a run of it, {', '.join(runs) or 'none yet'}"
-            ) from None
-        raise DataError(f"{folder} holds no finished run ({name} is missing); make one with `pyra train`") from None
+        raise DataError(no_run(folder, name)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from None
+
+
+def no_run(folder: Path, name: str) -> str:
+    """Say what a folder holds in which a file of a run is missing: an experiment, an interrupted run, or nothing."""
+    if (folder / "experiment.json").is_file():
+        runs = sorted(entry.parent.name for entry in folder.glob(f"seed-*/{RESULT_FILE}"))
+        named = f"name a run of it, {', '.join(runs)}" if runs else "no run of it is finished, --resume goes on with it"
+        return f"{folder} holds an experiment: {named}"
+    if left := unfinished(folder, "run"):
+        return f"{folder} holds no finished run: {left[0]} is interrupted, and the same training with --resume goes on"
+    return f"{folder} holds no finished run ({name} is missing); make one with `pyra train`"

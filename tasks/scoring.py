@@ -74,7 +74,7 @@ def predict(
     answers: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in tqdm(loader, desc=description, unit="batch", leave=False):
+        for batch in tqdm(loader, desc=description, unit="batch", leave=False, disable=None):
             logits = model(batch["pixel_values"].to(device))
             finite &= logits.isfinite().all()
             answers.append(logits.argmax(-1))

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from pyra.adapters import fold_adapter, save_adapter
+from pyra.adapters import CardInfo, fold_adapter, save_adapter
+from pyra.adapters.card import Described
+from pyra.adapters.folder import CARD, WEIGHTS
 from pyra.backbones import set_rate
 from pyra.errors import OutputError, TrainingError
-from pyra.files import write_json
+from pyra.files import write_json, write_text
+from pyra.tasks.data.duplicates import shared_content
 from pyra.tasks.data.task import ImageDataset, Task
 from pyra.tasks.evaluation import data_for, measure
 from pyra.tasks.fitting import checkpoints, processes
@@ -71,8 +77,9 @@ def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
     """
     plan = plan or Plan()
     device = ready(options)
-    task = task_for(options)
     refuse_output_in_data(options)
+    task = task_for(options)
+    warn_of_shared(options, task)
     if options.resume:
         earlier = processes.on_main(lambda: finished(options, task))
         if earlier is not None:
@@ -99,13 +106,35 @@ def ready(options: LoopOptions) -> torch.device:
     return device
 
 
-def refuse_output_in_data(options: RunOptions) -> None:
-    """A run written among the images would be read as a class next time."""
-    if options.data is None:
-        return
-    data, output = Path(options.data).expanduser().resolve(), Path(options.output).expanduser().resolve()
-    if output.is_relative_to(data):
-        raise OutputError(f"--output {options.output} lies inside --data {options.data}: choose a folder outside")
+class Placed(Protocol):
+    """Options that say where data and output lie."""
+
+    data: str | None
+    root: str | None
+    output: str
+
+
+def refuse_output_in_data(options: Placed) -> None:
+    """Raise :class:`OutputError` where data lies inside the output, or the output among the images.
+
+    It would be read as a class next time.
+    """
+    output = Path(options.output).expanduser().resolve()
+    for flag, given in (("--data", options.data), ("--root", options.root)):
+        place = None if given is None else Path(given).expanduser().resolve()
+        if place is None:
+            continue
+        if flag == "--data" and output.is_relative_to(place):
+            raise OutputError(f"--output {options.output} lies inside {flag} {given}: choose a folder outside")
+        if place.is_relative_to(output):
+            raise OutputError(f"{flag} {given} is --output {options.output} or inside it: choose another --output")
+
+
+def warn_of_shared(options: RunOptions, task: Task) -> None:
+    """Warn, once, where test images of data of one's own are training images, too."""
+    text = shared_content(task.splits) if options.data is not None and processes.is_main() else None
+    if text is not None:
+        warnings.warn(text, stacklevel=1)
 
 
 def splits(
@@ -144,10 +173,15 @@ def run(
         processes.on_main(lambda: forget_checkpoints(folder))
         raise
     model = _in_one_piece(model, options, task).cpu().eval()
-    processes.on_main(lambda: _save_trained(model, folder))
+    info = card_info(options.backbone, task.name)
+    described = processes.on_main(lambda: save_trained(model, folder, info))
     folded = fold_adapter(model).to(device).eval()
     predictions, labels = _answers(folded, test_data, options, device, plan.features)
     batch = torch.stack([test_data[i]["pixel_values"] for i in range(min(options.batch_size, len(test_data)))])
+
+    chosen = plan.chosen
+    if fitted.kept is not None:  # by the test split, as the rule of the plan says
+        chosen = {**(chosen or {}), "epoch": fitted.kept[0], "test_score": fitted.kept[1]}
 
     def finish() -> RunResult:
         result = RunResult(
@@ -167,7 +201,7 @@ def run(
             skipped_images=len(train_data.broken) + len(test_data.broken),
             protocol=plan.protocol,
             selection=plan.selection,
-            chosen=plan.chosen,
+            chosen=chosen,
             environment=environment(str(device)),
             **provenance(options, task, model, train_data, test_data),
             **meter.stop().columns(),
@@ -176,6 +210,7 @@ def run(
         write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
         answers = {"split": "test", "sha256": result.test_sha256, "predictions": predictions, "labels": labels}
         write_json(folder / PREDICTIONS, answers)
+        write_card(folder, described, info, result)
         write_json(folder / RESULT_FILE, result)
         forget_checkpoints(folder)
         return result
@@ -211,5 +246,22 @@ def _answers(
     return predict(model, examples, batch_size=options.batch_size, device=device, dtype=dtype, description=said)
 
 
-def _save_trained(model: nn.Module, folder: Path) -> None:
-    save_adapter(model, folder / ADAPTER)
+def card_info(backbone: str, task: str) -> CardInfo:
+    """Return what the model card of a run says before there is a score; no path of this machine."""
+    place = Path(backbone).expanduser()
+    name = "the demo backbone of pyra" if backbone == "demo" else place.resolve().name if place.exists() else backbone
+    return CardInfo(backbone=name, task=task)
+
+
+def save_trained(model: nn.Module, folder: Path, info: CardInfo) -> Described:
+    """Save the adapter of a run; returns what its card says of the model, which is folded next."""
+    save_adapter(model, folder / ADAPTER, info)
+    with safe_open(folder / ADAPTER / WEIGHTS, "pt") as file:
+        weights = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
+    return Described.of(model, weights)
+
+
+def write_card(folder: Path, described: Described, info: CardInfo, result: RunResult) -> None:
+    """Write the model card of a run once more, with its score."""
+    scored = dataclasses.replace(info, metric=result.metric, value=result.value)
+    write_text(folder / ADAPTER / CARD, described.card(scored))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,15 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real assets: {folder} is not a folder; set PYRA_ASSETS")
     return folder
+
+
+@pytest.fixture
+def tiny_disk() -> Iterator[None]:
+    """No file can be larger than 20 kB: as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from pyra.checkpoints import file_digest, read_state_dict, value_problems
+from pyra.checkpoints import file_digest, read_state_dict, value_problems, writing
 from pyra.errors import CheckpointError
 
 
@@ -24,6 +25,16 @@ def test_tensors_without_plain_values(tensor: torch.Tensor, message: str, tmp_pa
     torch.save({"a": tensor}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=f"a is .*{message}"):
         read_state_dict(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_weights_that_find_no_room_are_named(write: object, tmp_path: Path, tiny_disk: None) -> None:
+    file = tmp_path / "a.bin"
+    with pytest.raises(OSError, match=r"too large|no space") as caught, writing(file):
+        write({"a": torch.ones(100_000)}, file)  # type: ignore[operator]
+    assert caught.value.filename == str(file)
+    with pytest.raises(RuntimeError, match="mine"), writing(file):
+        raise RuntimeError("mine")
 
 
 def test_unknown_kind(tmp_path: Path) -> None:

@@ -39,6 +39,22 @@ def test_what_is_not_json_is_refused_and_keeps_the_old_file(
     assert contents(tmp_path) == {"a.json": "1\n"}
 
 
+def test_text_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    for name in ("fsync", "replace"):
+        plain = getattr(files.os, name)
+        monkeypatch.setattr(files.os, name, lambda *args, n=name, f=plain: (done.append(n), f(*args)))
+    write_text(tmp_path / "a.txt", "new")
+    assert done == ["fsync", "replace"] and contents(tmp_path) == {"a.txt": "new"}
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, tiny_disk: None) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(OSError, match=r"too large.*a\.txt"):
+        write_text(tmp_path / "a.txt", "new" * 10_000)
+    assert contents(tmp_path) == {"a.txt": "old"}
+
+
 def test_an_interrupted_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.txt") as temporary:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,10 +36,12 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
     EXIF orientation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
     Raises:
-        ValueError: for 32-bit pixels: nothing says what is white.
+        ValueError: for 32-bit pixels: nothing says what is white; for a pipe or a device: it may never end.
         Exception: whatever Pillow raises for a damaged file (its decoders have no common base class).
         Image.DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
+    if not isinstance(source, bytes):
+        _refuse_pipe(source)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
         pixels = image.width * image.height
         # Pillow itself only warns up to twice the limit.
@@ -80,9 +83,15 @@ def stored_bytes(row: Any) -> bytes:
     if stored["bytes"] is not None or stored["path"] is None:
         return stored["bytes"] or b""
     try:
+        _refuse_pipe(stored["path"])
         return Path(stored["path"]).read_bytes()
-    except OSError:
+    except (OSError, ValueError):
         return b""
+
+
+def _refuse_pipe(path: str | Path) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
 
 
 def split_digest(rows: datasets.Dataset) -> str:
@@ -118,7 +127,7 @@ def decoded(rows: datasets.Dataset, side: int, interpolation: str, name: str) ->
     pool = ThreadPoolExecutor(max_workers=workers)
     waiting: deque[Future[list[NDArray[np.uint8] | str]]] = deque()
     try:
-        with tqdm(total=len(rows), desc=f"decoding {name}", unit="image", leave=False) as bar:
+        with tqdm(total=len(rows), desc=f"decoding {name}", unit="image", leave=False, disable=None) as bar:
 
             def first() -> list[NDArray[np.uint8] | str]:
                 done = waiting.popleft().result()

@@ -14,6 +14,7 @@ from pyra.errors import DataError
 from pyra.tasks.data.cards import load_card
 from pyra.tasks.data.columns import FOUND, Columns
 from pyra.tasks.data.decoding import decoded, split_digest, summary, unreadable_rows
+from pyra.tasks.data.duplicates import shared_content
 from pyra.tasks.data.manifest import Manifest, check_prepared
 from pyra.tasks.data.sources import TUNING, MissingData
 from pyra.tasks.data.task import Task, load_task
@@ -42,19 +43,20 @@ class Checked:
         return "; ".join(self.problems) or None
 
 
-def validate(name: str, root: str | None = None, decode: bool = True) -> Checked:
+def validate(name: str, root: str | None = None, decode: bool = True, data: str | None = None) -> Checked:
     """Check the data of a shipped task: files, lists, labels, counts, classes, and that images can be read.
 
     Args:
         name: of the task.
         root: folder with the data of tasks that bring none.
         decode: decode every image.
+        data: of a language task, folder with its files themselves, instead of ``root``.
 
     Raises:
         DataError: for an unknown task; what is wrong with its data is returned, all of it.
     """
     if is_text_task(name):
-        return Checked(name, *check_text_task(name, root))
+        return Checked(name, *check_text_task(name, root, data))
     card, _ = load_card(name)
     try:
         task = load_task(name, root=root)
@@ -87,7 +89,7 @@ def validate_data(data: str, columns: Columns = FOUND, decode: bool = True) -> C
         task = load_task(data=data, columns=columns)
     except DataError as error:
         return Checked(data, problems=[str(error)])
-    notes = [task.description, *_untrained(task)]
+    notes = [task.description, *_untrained(task), *filter(None, [shared_content(task.splits)])]
     return Checked(task.name, _sizes(task), _faults(task, decode), notes)
 
 

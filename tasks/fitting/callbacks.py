@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,9 +20,15 @@ from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.augmentation import AugmentedImages
 from pyra.tasks.fitting.trainer import ImageTrainer
 
+BETWEEN_LINES = 10.0
+"""Seconds, at least, from one line of progress to the next."""
+
 
 class Sealing(TrainerCallback):
-    """Asks for a checkpoint at the end of every epoch, and declares one complete when every process wrote its part."""
+    """Asks for a checkpoint at the end of every epoch, and declares one complete when every process wrote its part.
+
+    The loss is logged before each: a training that goes on from it averages over the same steps.
+    """
 
     def __init__(self, steps_an_epoch: int) -> None:
         self.steps_an_epoch = steps_an_epoch
@@ -29,6 +37,7 @@ class Sealing(TrainerCallback):
         """Ask for one."""
         if state.global_step % self.steps_an_epoch == 0 or state.global_step == state.max_steps:
             control.should_save = True
+        control.should_log |= control.should_save
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal it."""
@@ -135,17 +144,17 @@ class StopAfter(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One tqdm bar a run, with the loss beside it."""
+    """One tqdm bar a run, with the loss beside it; where nobody watches a terminal, a line now and then."""
 
     def __init__(self, description: str) -> None:
         self.description = description
         self.bar: Any = None
+        self.told = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", leave=False
-        )
+        done, steps = state.global_step, state.max_steps
+        self.bar = tqdm(total=steps, initial=done, desc=self.description, unit="step", leave=False, disable=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Advance by one step."""
@@ -163,9 +172,23 @@ class ProgressBar(TrainerCallback):
                 )
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", epoch=f"{state.epoch:.1f}")
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say where the training is, where no bar does."""
+        if time.monotonic() - self.told > BETWEEN_LINES:
+            self._tell(state)
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close the bar."""
         self.bar.close()
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        if not self.bar.disable or not processes.is_main():
+            return
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), math.nan)
+        where = f"step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.1f}"
+        print(f"{self.description}: {where}, loss {loss:.3f}", file=sys.stderr, flush=True)
+        self.told = time.monotonic()
 
 
 def evaluating(stack: ExitStack, model: nn.Module) -> None:

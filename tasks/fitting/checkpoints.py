@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.checkpoints import file_digest
+from pyra.checkpoints import file_digest, writing
 from pyra.errors import CheckpointError
 from pyra.files import read_json, write_json
 
@@ -114,7 +114,8 @@ def write_tensors(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> No
     """Write named groups of tensors into a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     flat = {f"{part}/{name}": value.contiguous() for part, tensors in parts.items() for name, value in tensors.items()}
-    save_file(flat, folder / _TENSORS)
+    with writing(folder / _TENSORS):
+        save_file(flat, folder / _TENSORS)
 
 
 def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -66,13 +66,15 @@ class Fitted:
 
     Attributes:
         seconds: wall-clock time of the training, with what was trained before an interruption.
-        losses: step, epoch, loss and learning rate, every ten steps.
+        losses: step, epoch, loss and learning rate, every ten steps and at each checkpoint.
         scores: epoch and score of every epoch of a :class:`Watch`.
+        kept: the one of them whose weights were kept, where that was asked for.
     """
 
     seconds: float
     losses: list[dict[str, float]]
     scores: list[tuple[float, float]]
+    kept: tuple[float, float] | None = None
 
 
 def fit(
@@ -144,16 +146,15 @@ def fit(
     run_through(trainer, options, steps_an_epoch, resumed)
     if average is not None:
         average.settle()
+    seen = scores_of(trainer.state)
+    kept = None
     if watch is not None and watch.keep_best and scores.best:
         checkpoints.put_back(trained, scores.best)
+        kept = max(seen, key=lambda one: one[1] if watch.higher_is_better else -one[1])  # the first of equals
     if options.elastic:
         set_rate(model, options.rates()[-1])
     refuse_broken(model)
-    return Fitted(
-        clock.seconds(),
-        losses_of(trainer.state),
-        scores_of(trainer.state),
-    )
+    return Fitted(clock.seconds(), losses_of(trainer.state), seen, kept)
 
 
 def forget_checkpoints(folder: Path) -> None:

@@ -101,10 +101,15 @@ def run_through(trainer: KeepingTrainer, options: LoopOptions, steps_an_epoch: i
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ProgressBar(f"{options.label}: training"))
+    progress = ProgressBar(f"{options.label}: training")
+    trainer.add_callback(progress)
     # Last: the others have logged what belongs into the checkpoint.
     trainer.add_callback(Sealing(steps_an_epoch))
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    try:
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    finally:
+        if progress.bar is not None:
+            progress.bar.close()
 
 
 def refuse_broken(model: nn.Module) -> None:

@@ -110,6 +110,8 @@ def batch_of_each(batch_size: int, accumulate: int = 1) -> int:
     """
     parts = count() * accumulate
     if batch_size % parts:
-        shared = f"{count()} processes" + (f" times {accumulate} parts" if accumulate > 1 else "")
+        shared = f"{count()} process{'es' if count() > 1 else ''}" + (
+            f" times {accumulate} parts" if accumulate > 1 else ""
+        )
         raise ConfigError(f"--batch-size {batch_size} cannot be shared by {shared}: give a multiple of {parts}")
     return batch_size // parts

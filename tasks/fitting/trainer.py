@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.elastic import RateSampler, StepPart, distillation_loss, uncompressed
+from pyra.checkpoints import writing
 from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.augmentation import Mixing
 
@@ -54,6 +55,11 @@ class KeepingTrainer(Trainer):
         """Make the optimiser."""
         self.optimizer = self.make_optimizer()
         return self.optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Name the checkpoint where it cannot be written."""
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, also where layers are sharded, of which ``Trainer`` would write nothing."""

@@ -56,7 +56,7 @@ class Scored:
 
     def notes(self) -> list[str]:
         """Say what was not as it should be."""
-        return [f"{self.cut} examples are longer than what is read, and were cut"] if self.cut else []
+        return [f"examples longer than what is read, cut: {self.cut}"] if self.cut else []
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _shortened(row: Answered, length: int) -> Answered:
 
 
 def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
-    room = _room(subject, how.max_new_tokens)
+    room = room_for_prompts(subject, how.max_new_tokens)
     whole = [subject.encoder.prompt(how.shown + example.prompt) for example in examples]
     prompts = [ids[-room:] for ids in whole]
     texts = generate(
@@ -171,8 +171,12 @@ def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example]
     return [_Answer(*one) for one in zip(found, texts, map(len, prompts), cut, strict=True)]
 
 
-def _room(subject: Subject, max_new_tokens: int) -> int:
-    """Tokens that a prompt may have: what the model reads, less what it is to say."""
+def room_for_prompts(subject: Subject, max_new_tokens: int) -> int:
+    """Return the tokens that a prompt may have: what the model reads, less what it is to say.
+
+    Raises:
+        ConfigError: where nothing is left.
+    """
     known = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
     room = min(subject.max_length, (known or 2**30) - max_new_tokens)
     if room < 1:

@@ -114,6 +114,8 @@ def load_text_task(task: str, root: str | None = None, data: str | None = None) 
         card, root = dataclasses.replace(card, folder=""), data
         if not data.strip():
             raise DataError(f"--data is empty; give the folder with {card.layout} (. for this one)")
+        if Path(data).expanduser().is_file():
+            raise DataError(f"--data {data} is a file; give the folder with {card.layout}")
     root = root or os.environ.get("PYRA_DATA")
     place = Path(root).expanduser() if root else None
     if place is None and card.files and all((home / card.folder / file).is_file() for file in card.files.values()):

@@ -59,7 +59,9 @@ class LanguageOptions:
     lr: float | None = option(None, "peak learning rate of AdamW; by default 1e-3 (linear), 2e-5 (full), 3e-4 (others)")
     weight_decay: float = option(0.01, "decoupled weight decay")
     accumulate: int = option(1, "parts a step's examples are forwarded in: less memory, the same step")
-    track: tuple[str, ...] = option((), "trackers that must be installed", choices=TRACKERS)
+    track: tuple[str, ...] = option(
+        (), "trackers that must be installed (tensorboard writes into RUN/logs)", choices=TRACKERS
+    )
     save_steps: int = option(500, "steps between checkpoints, besides one at the end of each epoch")
     seed: int = option(0, "random seed")
     device: str = option("auto", "auto, cpu or cuda")

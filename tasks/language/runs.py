@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
+from pyra.adapters.methods import refuse_rank
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
@@ -30,7 +31,7 @@ from pyra.tasks.language.models import (
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.resuming import Begin
-from pyra.tasks.runs import ADAPTER, DATA, OPTIONS
+from pyra.tasks.runs import ADAPTER, DATA, OPTIONS, no_run
 
 KIND = "language"
 _LABELS, _BACKBONE = "labels.json", "backbone.json"
@@ -96,6 +97,9 @@ def new_subject(options: LanguageOptions, task: TextTask) -> Subject:
 
 def adapted(model: nn.Module, options: LanguageOptions) -> nn.Module:
     """Adapt a model as the options say."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if width is not None:
+        refuse_rank(options.method, options.rank, width)
     return model if options.method == "full" else adapt(model, peft=options.peft_config())
 
 
@@ -220,6 +224,6 @@ def _read(folder: Path, name: str) -> Any:
     try:
         return read_json(folder / name)
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no finished run ({name} is missing); make one with `pyra train`") from None
+        raise DataError(no_run(folder, name)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / name} cannot be read: {error}") from None

@@ -43,7 +43,7 @@ def classify(
     device = next(model.parameters()).device
     batches = list(by_length([len(row["input_ids"]) for row in rows], batch_size))
     with torch.inference_mode():
-        for indices in tqdm(batches, desc=description, unit="batch", leave=False):
+        for indices in tqdm(batches, desc=description, unit="batch", leave=False, disable=None):
             batch = collate([rows[index] for index in indices], pad_id)
             logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
             if not logits.isfinite().all():
@@ -86,7 +86,7 @@ def log_likelihoods(
     found = [0.0] * len(rows)
     batches = list(by_length([len(ids) for ids in unique], batch_size))
     with torch.inference_mode():
-        for indices in tqdm(batches, desc=description, unit="batch", leave=False):
+        for indices in tqdm(batches, desc=description, unit="batch", leave=False, disable=None):
             ids = [unique[index] for index in indices]
             width = len(ids[0])  # the longest comes first
             first = min(rows[number].start - 1 for row in ids for number in inputs[row])
@@ -156,7 +156,11 @@ def generate(
     causal.generation_config = greedy
     try:
         for indices in tqdm(
-            list(by_length(list(map(len, prompts)), batch_size)), desc=description, unit="batch", leave=False
+            list(by_length(list(map(len, prompts)), batch_size)),
+            desc=description,
+            unit="batch",
+            leave=False,
+            disable=None,
         ):
             rows = [prompts[index] for index in indices]
             width = len(rows[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pyra.adapters import fold_adapter, save_adapter
+from pyra.adapters import fold_adapter
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.recipe import parameter_groups
 from pyra.errors import ConfigError, TrainingError
@@ -30,7 +30,7 @@ from pyra.tasks.fitting.loop import (
     where_to_go_on,
 )
 from pyra.tasks.fitting.trainer import KeepingTrainer
-from pyra.tasks.language.answering import Asking, Scored, answer
+from pyra.tasks.language.answering import Asking, Scored, answer, room_for_prompts
 from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest
 from pyra.tasks.language.options import LanguageOptions
@@ -40,8 +40,16 @@ from pyra.tasks.language.scoring import collate
 from pyra.tasks.language.tokens import IGNORED, mask, pad
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.resuming import finished_as, shared_folder
-from pyra.tasks.runs import ADAPTER, DTYPES
-from pyra.tasks.training import PREDICTIONS, TRAINING, ready
+from pyra.tasks.runs import DTYPES
+from pyra.tasks.training import (
+    PREDICTIONS,
+    TRAINING,
+    card_info,
+    ready,
+    refuse_output_in_data,
+    save_trained,
+    write_card,
+)
 from pyra.tasks.usage import Meter
 
 Row = dict[str, Any]
@@ -72,16 +80,19 @@ def train_language(options: LanguageOptions) -> tuple[RunResult, list[str]]:
         TrainingError: where the loss stops being a number.
     """
     device = ready(options)
+    refuse_output_in_data(options)
     task = load_text_task(options.task, options.root, options.data)
     if options.resume:
         earlier = processes.on_main(lambda: finished_as(begin_run(options)))
         if earlier is not None:
             return earlier, []
     subject = new_subject(options, task)
+    if subject.answer == "generation":
+        room_for_prompts(subject, options.max_new_tokens)  # found now, and not after the training
     examples, test = task.split("train", options.limit), task.split("test", options.limit)
     rows, trained_on = training_rows(subject, examples)
     left_out = len(examples) - len(trained_on)
-    notes = [f"{left_out} training examples are longer than {subject.max_length} tokens, and were left out"]
+    notes = [f"training examples longer than {subject.max_length} tokens, left out: {left_out}"]
     weights = backbone_digest(subject.model)
     subject = dataclasses.replace(subject, model=adapted(subject.model, options))
     begin = begin_run(options, task, left_out)
@@ -113,7 +124,8 @@ def _run(
         processes.on_main(lambda: forget_checkpoints(folder))
         raise
     model.cpu().eval()
-    processes.on_main(lambda: _save_trained(model, folder))
+    info = card_info(options.backbone, task.name)
+    described = processes.on_main(lambda: save_trained(model, folder, info))
     folded = dataclasses.replace(subject, model=fold_adapter(model).to(device).eval())
     scored = answer(folded, task, test, asking(options, f"{options.label}: test"))
 
@@ -132,15 +144,12 @@ def _run(
         )
         write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
         write_json(folder / PREDICTIONS, scored.record("test", test))
+        write_card(folder, described, info, result)
         write_json(folder / RESULT_FILE, result)
         forget_checkpoints(folder)
         return result
 
     return processes.on_main(finish), scored
-
-
-def _save_trained(model: nn.Module, folder: Path) -> None:
-    save_adapter(model, folder / ADAPTER)
 
 
 def asking(options: LanguageOptions, label: str) -> Asking:

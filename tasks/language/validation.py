@@ -12,12 +12,15 @@ from pyra.tasks.language.data import Example, load_text_task
 _SHOWN = 3
 
 
-def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int], list[str], list[str]]:
+def check_text_task(
+    name: str, root: str | None = None, data: str | None = None
+) -> tuple[dict[str, int], list[str], list[str]]:
     """Check columns, labels, empty texts, counts, and that no training example is in the test split.
 
     Args:
         name: of the task, or a card file.
-        root: folder with its files.
+        root: folder with a folder of its files.
+        data: folder with its files themselves, instead.
 
     Returns:
         Examples of each split, what makes the task unusable, and what is worth knowing.
@@ -27,7 +30,7 @@ def check_text_task(name: str, root: str | None = None) -> tuple[dict[str, int],
     """
     card, _ = find_text_card(name)
     try:
-        task = load_text_task(name, root)
+        task = load_text_task(name, root, data)
     except DataError as error:
         return {}, [str(error)], []
     counts = {split: len(examples) for split, examples in task.splits.items()}

@@ -43,7 +43,7 @@ def choosing_splits(task: Task, few_shot: bool = False) -> ChoosingSplits:
     if all(name in splits for name in _PARTS):
         training, validation, origin = splits[_PARTS[0]], splits[_PARTS[1]], _PARTS[1]
     elif "validation" in splits and splits["validation"] is not splits["test"]:
-        training, validation, origin = splits["train"], splits["validation"], "validation split"
+        training, validation, origin = splits["train"], splits["validation"], "the validation split"
     else:
         labels = splits["train"]["label"][:]
         held = round(SHARE * len(labels))

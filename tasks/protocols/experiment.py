@@ -16,6 +16,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from pyra.errors import OutputError, TrainingError
 from pyra.files import read_json, write_json
 from pyra.tasks.data.task import Task
@@ -26,8 +28,9 @@ from pyra.tasks.protocols.choosing import Choice, ChoosingSplits, Trial, choose,
 from pyra.tasks.protocols.options import ExperimentOptions, differing, plain
 from pyra.tasks.protocols.trials import judged
 from pyra.tasks.results import RunResult
+from pyra.tasks.resuming import several
 from pyra.tasks.runs import new_model, task_for
-from pyra.tasks.training import Plan, ready, refuse_output_in_data, train
+from pyra.tasks.training import Plan, ready, refuse_output_in_data, train, warn_of_shared
 
 EXPERIMENT, SELECTION, TRIALS, LINEAR = "experiment.json", "selection.json", "trials", "linear"
 LINEAR_EPOCHS, LINEAR_LR, LINEAR_TUNE = 30.0, 1e-2, "lr=0.001:0.01:0.1"
@@ -45,13 +48,15 @@ def experiment(options: ExperimentOptions) -> list[RunResult]:
         PyraError: as of :func:`pyra.tasks.training.train`.
     """
     ready(options)
-    task = task_for(options)
     refuse_output_in_data(options)
+    task = task_for(options)
+    warn_of_shared(options, task)
     new_model(options, len(task.labels))  # what is wrong with the backbone is found before the folder is touched
     folder = processes.on_main(lambda: _opened(options))
-    results = _by_protocol(options, task, folder, None)
-    if options.baselines and options.method != "linear":
-        results += _by_protocol(probe_options(options), task, folder / LINEAR, FeatureStore())
+    with several(folder):
+        results = _by_protocol(options, task, folder, None)
+        if options.baselines and options.method != "linear":
+            results += _by_protocol(probe_options(options), task, folder / LINEAR, FeatureStore())
     return results
 
 
@@ -97,7 +102,7 @@ def _by_protocol(
         changes, number = choice.changes, len(options.candidates())
         plan = Plan(
             protocol="validation",
-            selection=f"best epoch of {_counted(number)} on the {parts.origin}, seed {options.seed}",
+            selection=f"best epoch of {_counted(number)} on {parts.origin}, seed {options.seed}",
             chosen={**choice.changes, "epoch": choice.epoch, "validation_score": choice.score},
             training=parts.whole,
             stop_after=choice.epoch,
@@ -127,6 +132,10 @@ def _counted(candidates: int) -> str:
     return "the one candidate" if candidates == 1 else f"{candidates} candidates"
 
 
+def _used(options: ExperimentOptions, split: datasets.Dataset) -> int:
+    return min(len(split), options.limit or len(split))
+
+
 def _chosen(
     options: ExperimentOptions, task: Task, folder: Path, parts: ChoosingSplits, features: FeatureStore | None
 ) -> Choice:
@@ -143,7 +152,11 @@ def _chosen(
     record = {
         "protocol": options.protocol,
         "chosen_on": "test" if on_test else parts.origin,
-        "images": {"training": len(training), "choosing": len(watched), "training in the end": len(parts.whole)},
+        "images": {
+            "training": _used(options, training),
+            "choosing": _used(options, watched),
+            "training in the end": _used(options, parts.whole),
+        },
         "seed": options.seed,
         "metric": task.metric,
         "chosen": choice,

@@ -80,10 +80,13 @@ class ExperimentOptions(RunOptions):
             name = name.strip().replace("-", "_")
             if name not in _TUNED or not equals:
                 hint = did_you_mean(name, _TUNED)
-                raise ConfigError(f"--tune {part.strip()!r} is no option and its values, as in lr=1e-3:3e-3{hint}")
+                listed = ", ".join(_TUNED)
+                raise ConfigError(
+                    f"--tune {part.strip()!r} is no option and its values, as in lr=1e-3:3e-3{hint}; it takes {listed}"
+                )
             if name in found:
                 raise ConfigError(f"--tune names {name} twice")
-            found[name] = [_value(name, value.strip()) for value in values.split(":")]
+            found[name] = list(dict.fromkeys(_value(name, value.strip()) for value in values.split(":")))
         made = [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
         for changes in made:
             self.run(self.output, **changes)  # as a check

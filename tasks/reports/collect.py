@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pyra.errors import DataError, PyraError
+from pyra.tasks.output import unfinished
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result_file
 
 EVALUATIONS = "evaluation*.json"
@@ -37,10 +38,11 @@ class Found:
 
 @dataclass
 class Collection:
-    """What was found, and the files that hold no result, each with the reason."""
+    """What was found, the files that hold no result, each with the reason, and runs that were interrupted."""
 
     found: list[Found] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    interrupted: list[Path] = field(default_factory=list)
 
 
 def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False) -> Collection:
@@ -62,7 +64,7 @@ def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False
     collection = Collection()
     seen: set[Path] = set()
     for path in paths:
-        for file in _files(path, evaluations):
+        for file in _files(path, evaluations, collection.interrupted):
             real = file.resolve()
             if real not in seen:
                 seen.add(real)
@@ -70,11 +72,13 @@ def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False
     return collection
 
 
-def _files(path: Path, evaluations: bool) -> Iterator[Path]:
+def _files(path: Path, evaluations: bool, interrupted: list[Path]) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
     for home, folders, names in os.walk(path):
+        if any(name.startswith(_PARTIAL) for name in folders):
+            interrupted += unfinished(home, "run")
         folders[:] = sorted(name for name in folders if not name.startswith(_PARTIAL))
         for name in sorted(names):
             if name == RESULT_FILE or (evaluations and fnmatch(name, EVALUATIONS)):

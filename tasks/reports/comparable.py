@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from pyra.files import read_json
 from pyra.tasks.data.cards import card_files, load_card
-from pyra.tasks.reports.groups import Group
+from pyra.tasks.reports.groups import Group, backbone_name
 
 _MUST_AGREE = {
     "task_version": "versions of the task",
@@ -48,8 +49,8 @@ def warnings(groups: Sequence[Group]) -> list[str]:
 def missing_probes(groups: Sequence[Group]) -> list[str]:
     """Say how to make the linear probes that a table of results lacks; other metrics are of tasks that take no head."""
     runs = [one for one in groups if not one.baseline and one.row.metric == "accuracy"]
-    probed = {(one.row.task, one.row.backbone) for one in runs if one.row.method == "linear"}
-    wanted = {(one.row.task, one.row.backbone): one for one in runs}
+    probed = {(one.row.task, backbone_name(one.row)) for one in runs if one.row.method == "linear"}
+    wanted = {(one.row.task, backbone_name(one.row)): one for one in runs}
     lines = [
         f"no linear probe of {backbone or 'the backbone'} on {task}: {_command(one)}"
         for (task, backbone), one in wanted.items()
@@ -71,15 +72,25 @@ def _command(one: Group) -> str:
     settings = row.settings or {}
     task = row.task.removesuffix(f"-{settings.get('shots')}shot")  # what few-shot tasks are called
     own = task not in card_files()
-    data = ["--data", row.data_source or task] if own else ["--task", task]
+    given = _options_of(one)
+    data = ["--data", given.get("data") or row.data_source or task] if own else ["--task", task]
     if not own and not load_card(task)[0].brings_its_data:
-        data += ["--root", "FOLDER"]
+        data += ["--root", given.get("root") or "FOLDER"]
     for name in ("shots", "limit"):
         data += [] if settings.get(name) is None else [f"--{name}", str(settings[name])]
     backbone = ["--backbone", row.backbone] if row.backbone not in (None, "demo") else []
     size = ["--image-size", str(row.image_size)] if backbone and row.image_size else []
     parts = ["pyra", "train", *data, *backbone, *size, "--method", "linear", "--output", f"runs/{row.task}-linear"]
     return shlex.join(str(part) for part in parts)
+
+
+def _options_of(one: Group) -> dict[str, Any]:
+    """Return the options stored beside the first run, which say where its data lies; nothing where they are gone."""
+    try:
+        stored = read_json(one.members[0].file.parent / "options.json")
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -115,9 +115,10 @@ def identity(row: RunResult) -> dict[str, Any]:
     What was chosen by the rule of the protocol may differ between seeds, and so may few-shot training images.
     """
     chosen = set(row.chosen or {})
-    for together in ({"epoch", "epochs"}, {"rate", "schedule", "macs"}):
-        chosen |= together if together & chosen else set()
+    cost = {"rate", "schedule", "macs"}
+    chosen |= cost if cost & chosen else set()
     same = {name: getattr(row, name) for name in _SAME if name not in chosen}
+    same["backbone"] = backbone_name(row)
     settings = {name: value for name, value in (row.settings or {}).items() if name not in chosen}
     drawn = settings.get("shots") is not None
     if drawn:
@@ -125,6 +126,12 @@ def identity(row: RunResult) -> dict[str, Any]:
     adapter = {} if chosen else dict(row.adapter or {})
     train = None if drawn else row.train_sha256
     return {**same, "train_sha256": train, "settings": settings, "adapter": adapter}
+
+
+def backbone_name(row: RunResult) -> str | None:
+    """Return what tells backbones apart: where the hash of the weights is known, a folder counts whatever its path."""
+    known = row.backbone is not None and row.weights_sha256 not in (None, "random")
+    return Path(str(row.backbone)).name if known else row.backbone
 
 
 def draw_of(row: RunResult) -> tuple[int, int]:
@@ -188,7 +195,11 @@ def shown(one: Group, name: str) -> str:
 
 
 def majority_groups(groups: Iterable[Group]) -> list[Group]:
-    """Return what always answering the most frequent training class scores, one row for each set of scored images."""
+    """Return what always answering the most frequent training class scores.
+
+    One row for each set of scored images and value; where that is several, ``settings`` tell in which images the class
+    was counted.
+    """
     made: dict[tuple[Any, ...], Group] = {}
     for one in groups:
         row = one.row
@@ -199,9 +210,13 @@ def majority_groups(groups: Iterable[Group]) -> list[Group]:
             "task", "metric", "higher_is_better", "split", "task_version", "test_sha256", "preprocessing", "num_test",
             "majority_value", "data_source",
         )}  # fmt: skip
+        settings = row.settings or {}
+        both = row.protocol in ("validation", "published") and settings.get("shots") is None
+        counted = {"counted_in": "training + validation" if both else "training"}
+        counted |= {name: settings.get(name) for name in ("shots", "shots_seed", "limit")}
         baseline = RunResult(
-            **values, method=MAJORITY, value=row.majority_value, macs=0, schedule=[], rate=0.0, trained_parameters=0,
-            seed=0,
+            **values, settings=counted, method=MAJORITY, value=row.majority_value, macs=0, schedule=[], rate=0.0,
+            trained_parameters=0, seed=0,
         )  # fmt: skip
         made.setdefault(key, Group((Found(Path(), baseline),), baseline=True))
     return list(made.values())

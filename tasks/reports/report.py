@@ -61,7 +61,7 @@ def report(
     across = None if by is None else dimensions(by)
     wanted = _filters(where)
     collection = collect(folders, evaluations)
-    skipped = _skipped(collection)
+    skipped = _skipped(collection) + _interrupted(collection)
     if not collection.found:
         more = f" ({'; '.join(skipped)})" if skipped else ""
         raise DataError(
@@ -123,7 +123,7 @@ def _written(style: str, tables: Sequence[Table], data: list[dict[str, Any]], no
         text = json.dumps({"rows": data, "notes": notes}, indent=2, ensure_ascii=False, allow_nan=False)
         return Report(text + "\n")
     if style == "csv":
-        return Report(_csv(data), notes)
+        return Report(_csv(data), [clean(note) for note in notes])
     text = "\n\n".join(RENDERERS[style](table) for table in tables) + "\n"
     if style == "latex":
         return Report("".join(f"% {clean(note)}\n" for note in notes) + text)
@@ -169,6 +169,15 @@ def _filtered(found: Sequence[Found], wanted: dict[str, set[str]]) -> list[Found
             raise ConfigError(f"--where {name}={unknown[0]}: no such run{hint}; there are {listed}")
         found = [one for one in found if value(one, name) in values]
     return list(found)
+
+
+def _interrupted(collection: Collection) -> list[str]:
+    left = collection.interrupted
+    if not left:
+        return []
+    more = f", and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    listed = ", ".join(map(str, left[:_NAMED]))
+    return [f"interrupted, and no row: {listed}{more}; the same training with --resume goes on"]
 
 
 def _skipped(collection: Collection) -> list[str]:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pyra.tasks.reports.formats import Table
-from pyra.tasks.reports.groups import Group, differences, seeds_text, shown
+from pyra.tasks.reports.formats import Table, clean
+from pyra.tasks.reports.groups import Group, backbone_name, differences, seeds_text, shown
 from pyra.tasks.reports.table import macs_unit, metric_name, number_text, protocol_label, value_text
 
 SORTS = ("name", "value", "rate", "macs", "speed")
@@ -48,7 +48,7 @@ def summary(groups: Sequence[Group]) -> Table:
         if name == "task" or set(texts) != {"test"}:
             columns[name] = texts
     columns["method"] = [shown(one, "method") for one in groups]
-    if len({shown(one, "backbone") for one in runs}) > 1:
+    if len({backbone_name(one.row) for one in runs}) > 1:
         columns["backbone"] = [shown(one, "backbone") for one in groups]
     different = differences(groups)
     if any(different):
@@ -119,9 +119,14 @@ _OF_DATA = frozenset({"preprocessing", "num_test", "task_version", "test_sha256"
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value of a record as it stands in a CSV file: numbers in full, lists and settings as JSON."""
+    """Return a value of a record as it stands in a CSV file: numbers in full, lists and settings as JSON.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     if value is None:
         return ""
+    if isinstance(value, str):
+        return f"'{clean(value)}" if value.lstrip()[:1] in tuple("=+-@") else clean(value)
     return json.dumps(value, sort_keys=True, ensure_ascii=False) if isinstance(value, (dict, list)) else value
 
 

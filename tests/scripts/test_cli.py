@@ -229,6 +229,11 @@ def test_main_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (DataError("no such task 'x'"), 2, "pyra: error: no such task 'x'\n"),
         (KeyboardInterrupt(), 130, "pyra: interrupted\n"),
         (PermissionError(13, "Permission denied", "/a/b"), 2, "pyra: error: cannot use /a/b: Permission denied\n"),
+        (
+            OSError(28, "No space left", "/a/b"),
+            2,
+            "pyra: error: cannot write /a/b: No space left; free some space there, or choose another --output\n",
+        ),
     ],
 )
 def test_main_turns_errors_into_a_line_and_a_status(
@@ -247,6 +252,19 @@ def test_main_turns_errors_into_a_line_and_a_status(
     monkeypatch.setitem(VERBS, "fail", ("pyra.scripts.failing", "fails"))
     assert main(["fail"]) == status
     assert capsys.readouterr().err == message
+
+
+def test_one_of_several_processes_leaves_the_telling_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(_: float) -> None:  # as a launcher ends it
+        raise SystemExit(143)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pyra.scripts.main.time.sleep", ended)
+    with pytest.raises(SystemExit):
+        main(["tasks", "validate", "nosuch"])
+    assert capsys.readouterr().err == ""
 
 
 def test_main_keeps_the_traceback_of_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pyra.errors import DataError, OutputError
+from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting import checkpoints
 from pyra.tasks.fitting.callbacks import ProgressBar
 from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import RunOptions
+from pyra.tasks.reports.report import report
 from pyra.tasks.training import train
 
 EPOCHS, STEPS = 3, 15
@@ -39,8 +41,10 @@ def options(backbone: Path, folder: Path, **changes: Any) -> RunOptions:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
+    """What a run ends with, and its losses on the way."""
     (file,) = (folder / "adapter").glob("*.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+    losses = json.dumps(json.loads((folder / "training.json").read_text())["losses"]).encode()
+    return {"losses": losses} | {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +100,11 @@ def test_a_run_goes_on_to_the_same_bits(
         interrupt_at(step, patch)
         train(wanted)
     assert not (tmp_path / "run" / "result.json").exists()
+    (left,) = (tmp_path / "run").glob(".partial-*")
+    with pytest.raises(DataError, match=rf"{left} is interrupted, .* --resume"):
+        evaluate_run(tmp_path / "run")
+    with pytest.raises(DataError, match=rf"interrupted, and no row: {left}; .* --resume"):
+        report([str(tmp_path)])
     started: list[int] = []
     plain = ProgressBar.on_train_begin
 
@@ -143,7 +152,7 @@ def test_a_half_written_checkpoint_is_not_read(
 
 
 def test_other_options_or_data_do_not_go_on(
-    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         interrupt_at(6, patch)
@@ -157,6 +166,10 @@ def test_other_options_or_data_do_not_go_on(
     with pytest.raises(DataError, match="other data"):
         train(options(tiny_backbone, tmp_path / "run", resume=True))
     assert checkpoints.newest(staging / "checkpoints") is not None  # nothing was lost by asking
+    capsys.readouterr()
+    train(options(tiny_backbone, tmp_path / "run", epochs=1))
+    assert f"{staging} is interrupted and stays; --resume goes on with it" in capsys.readouterr().err
+    assert staging.is_dir()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])

@@ -23,6 +23,8 @@ from pyra.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from pyra.scripts.main import main
+from pyra.tasks import training
 from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting.trainer import ImageTrainer
 from pyra.tasks.options import METHODS, RunOptions
@@ -61,6 +63,9 @@ def test_run_and_evaluate(method: str, tiny_backbone: Path, tmp_path: Path) -> N
         "result.json",
         "training.json",
     ]
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "| task | demo |" in card and f"| accuracy | {result.value:g} |" in card
+    assert f"| backbone | {tiny_backbone.name} |" in card and str(tiny_backbone) not in card
     again = evaluate_run(tmp_path / "run", device="cpu")
     assert again.value == pytest.approx(result.value)
     assert (tmp_path / "run" / "evaluation.json").is_file()
@@ -187,8 +192,14 @@ def test_all_option_problems_at_once() -> None:
         RunOptions(method="lora", rate=0.5, epochs=0, lr=-1, device="tpu", task="demo", data="x")
     for part in ("merges no tokens", "--epochs", "--lr", "'tpu'", "not both"):
         assert part in str(caught.value)
-    with pytest.raises(ConfigError, match="exactly one of --rate and --schedule"):
+    with pytest.raises(ConfigError, match=r"exactly one of --rate and --schedule, such as --rate 0\.5"):
         RunOptions(method="pyra")
+
+
+@pytest.mark.parametrize("method", ["lora", "pyra", "bottleneck"])
+def test_a_rank_above_the_width_is_refused(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rank 100000000 is more than the 32 features"):
+        new_model(options(tiny_backbone, tmp_path, method=method, rank=10**8), 10)
 
 
 def test_unfinished_or_foreign_folders(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -305,6 +316,10 @@ def test_a_run_is_not_written_among_the_images(tiny_backbone: Path, tmp_path: Pa
             Image.new("RGB", (8, 8), (number * 9, 0, 0)).save(tmp_path / name / f"{number}.png")
     with pytest.raises(OutputError, match="inside --data"):
         train(options(tiny_backbone, tmp_path / "runs" / "a", data=str(tmp_path), limit=None))
+    with pytest.raises(OutputError, match=r"--data .* or inside it"):
+        train(options(tiny_backbone, tmp_path, data=str(tmp_path / "cat"), limit=None))
+    with pytest.raises(OutputError, match=r"--root .* or inside it"):
+        train(options(tiny_backbone, tmp_path, root=str(tmp_path)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cat", "dog"]
 
 
@@ -343,3 +358,30 @@ def test_a_folder_called_demo_is_not_the_demo_backbone(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     train(RunOptions(method="linear", epochs=1, limit=4, batch_size=4, device="cpu", output="run"))
     assert load_run("run")[1].backbone == "demo"
+
+
+@pytest.mark.parametrize("save_adapter_alone", [False, True])
+def test_a_full_disk_is_told_in_a_line(
+    save_adapter_alone: bool,
+    tiny_backbone: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once while the adapter is written, once while a checkpoint is."""
+    plain = training.save_trained
+
+    def save(*arguments: Any) -> Any:
+        request.getfixturevalue("tiny_disk")
+        return plain(*arguments)
+
+    if save_adapter_alone:
+        monkeypatch.setattr(training, "save_trained", save)
+    else:
+        request.getfixturevalue("tiny_disk")
+    flags = f"--task demo --method full --epochs 1 --limit 32 --device cpu --output {tmp_path / 'a'}".split()
+    assert main(["train", "--backbone", str(tiny_backbone), *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {tmp_path / 'a'}/.partial-" in error and "File too large; free some space" in error
+    assert ("--resume goes on" in error) == save_adapter_alone

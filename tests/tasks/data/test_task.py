@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +19,9 @@ from pyra.tasks.data import images
 from pyra.tasks.data.cards import load_card
 from pyra.tasks.data.decoding import decode_image
 from pyra.tasks.data.task import image_dataset, load_task, task_names
+from pyra.tasks.data.validation import validate_data
+from pyra.tasks.options import RunOptions
+from pyra.tasks.training import warn_of_shared
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 CLASSES = ["cat", "dog"]
@@ -591,3 +595,25 @@ def test_postscript_is_not_an_image() -> None:
     Image.new("RGB", (8, 8)).save(buffer, "EPS")
     with pytest.raises(UnidentifiedImageError):
         decode_image(buffer.getvalue())
+
+
+def test_a_pipe_called_an_image_is_told_and_never_waited_for(tmp_path: Path) -> None:
+    for number in range(4):
+        for colour in ("red", "blue"):
+            (tmp_path / colour).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, len(colour))).save(tmp_path / colour / f"{number}.png")
+    os.mkfifo(tmp_path / "red" / "x.png")
+    checked = validate_data(str(tmp_path))
+    assert str(checked.error).endswith("x.png: not a regular file")
+
+
+def test_the_same_images_in_training_and_test_split_are_told(tmp_path: Path) -> None:
+    for number in range(4):
+        for split in ("train", "test"):
+            file = tmp_path / split / ("red", "blue")[number % 2] / f"{split}{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, number if split == "test" and number < 2 else 9)).save(file)
+    (note,) = [note for note in validate_data(str(tmp_path)).notes if "byte for byte" in note]
+    assert note.startswith("2 of 4 test images are in the training split, too")
+    with pytest.warns(UserWarning, match="2 of 4 test images"):
+        warn_of_shared(RunOptions(data=str(tmp_path), method="lora"), load_task(data=str(tmp_path)))

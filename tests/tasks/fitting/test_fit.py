@@ -143,7 +143,7 @@ def test_a_clock_counts_the_sitting_before() -> None:
         ({"smoothing": 1.0}, "--smoothing must be in"),
         ({"mixup": -1.0}, "--mixup must be a number of at least 0"),
         ({"accumulate": 0}, "--accumulate must be a positive number"),
-        ({"accumulate": 3}, "--batch-size 8 cannot be shared by 1 processes times 3 parts"),
+        ({"accumulate": 3}, "--batch-size 8 cannot be shared by 1 process times 3 parts"),
         ({"method": "linear", "rate": None, "ema": 0.9}, "--ema goes with every method but linear"),
         ({"method": "linear", "rate": None, "mixup": 1.0}, "--mixup: a linear probe"),
         ({"track": ("tensorbord",)}, "--track must be one of .*did you mean 'tensorboard'"),
@@ -153,3 +153,15 @@ def test_options_that_cannot_be(changes: dict[str, Any], said: str, tiny_backbon
     with pytest.raises(ConfigError, match=said):
         train(options(tiny_backbone, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_terminal_a_line_says_how_it_goes(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pyra.tasks.fitting.callbacks.BETWEEN_LINES", 0.0)
+    train(options(tiny_backbone, tmp_path / "run"))
+    error = capsys.readouterr().err
+    assert "\r" not in error and "it/s" not in error
+    lines = [line.partition(", loss")[0] for line in error.splitlines() if "training: step" in line]
+    assert lines[0] == "tome: training: step 5 of 10, epoch 1.0"
+    assert lines[-1] == "tome: training: step 10 of 10, epoch 2.0"

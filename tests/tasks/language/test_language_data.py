@@ -142,6 +142,10 @@ def test_what_is_worth_knowing_is_noted(change: Callable[..., str], capsys: pyte
     assert tasks.main(["validate", "sst2", "--root", folder]) == 0
     assert "examples" in capsys.readouterr().out
     assert tasks.main(["validate", "gsm8k", "--root", folder]) == 2
+    assert tasks.main(["validate", "sst2", "--data", f"{folder}/sst2"]) == 0
+    assert "train:4" in capsys.readouterr().out
+    assert tasks.main(["validate", "sst2", "--data", f"{folder}/sst2/train.tsv"]) == 2
+    assert "train.tsv is a file; give the folder with train.tsv" in capsys.readouterr().out
 
 
 def test_the_hub_is_asked_without_a_root_and_says_which_files_would_do() -> None:

@@ -17,6 +17,7 @@ from pyra.scripts import evaluate as evaluate_verb
 from pyra.scripts import train as train_verb
 from pyra.scripts.main import main
 from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.fitting.trainer import KeepingTrainer
 from pyra.tasks.language.evaluation import Evaluation, evaluate_backbone, evaluate_language_run
 from pyra.tasks.language.options import METHODS, LanguageOptions
 from pyra.tasks.language.runs import load_language_run
@@ -235,25 +236,33 @@ def test_answers_that_a_task_or_a_run_does_not_have(backbones: dict[str, Path], 
     assert evaluate_language_run(tmp_path / "run", Evaluation(split="validation"))[0].num_test == 8
 
 
-def test_lengths(backbones: dict[str, Path], root: Path, tmp_path: Path) -> None:
+def test_a_rank_above_the_width_is_refused(backbones: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--rank 100000000 is more than the 32 features"):
+        train_language(options(backbones["llama"], root, tmp_path / "run", rank=10**8))
+
+
+def test_lengths(backbones: dict[str, Path], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = backbones["llama"]
     with pytest.raises(ConfigError, match=r"--max-length 300: .* reads 256 tokens at most"):
         train_language(options(llama, root, tmp_path / "run", max_length=300))
     with pytest.raises(ConfigError, match="--max-length 10: every training example is longer"):
         train_language(options(llama, root, tmp_path / "run", task="gsm8k", max_length=10))
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="--max-new-tokens 256 leaves no room"):
+        patch.setattr(KeepingTrainer, "train", lambda *_, **__: pytest.fail("trained first"))
+        train_language(options(llama, root, tmp_path / "run", task="gsm8k", max_new_tokens=256))
     with pytest.raises(ConfigError, match="--max-new-tokens 256 leaves no room for a prompt"):
         evaluate_backbone(str(llama), "gsm8k", Evaluation(max_new_tokens=256), root=str(root))
     with pytest.raises(ConfigError, match="--max-length 1 leaves nothing of a prompt"):
         evaluate_backbone(str(llama), "sst2", Evaluation(max_length=1), root=str(root))
     _, notes = evaluate_backbone(str(llama), "sst2", Evaluation(max_length=20), root=str(root))
-    assert notes == ["16 examples are longer than what is read, and were cut"]
+    assert notes == ["examples longer than what is read, cut: 16"]
     _, notes = train_language(options(llama, root, tmp_path / "run", max_length=4))
-    assert notes == ["16 examples are longer than what is read, and were cut"]
+    assert notes == ["examples longer than what is read, cut: 16"]
     sums = write_reviews(tmp_path / "data", train=4)
     lines = (sums / "sst2" / "train.tsv").read_text() + "\n" + "long and dull " * 90 + "\t0"
     (sums / "sst2" / "train.tsv").write_text(lines)
     _, notes = train_language(options(llama, sums, tmp_path / "other", answer="scoring"))
-    assert notes == ["1 training examples are longer than 256 tokens, and were left out"]
+    assert notes == ["training examples longer than 256 tokens, left out: 1"]
 
 
 def test_chat_templates(backbones: dict[str, Path], root: Path, tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def test_a_folder_of_files_is_data(
         ("--data", str(tmp_path / "none")): "is not there: task sst2 is read from train.tsv",
         ("--data", str(root)): "has no train.tsv, dev.tsv, test.tsv",
         ("--data", " "): "--data is empty",
+        ("--method", "pyra"): "do not merge yet: leave --rate and --schedule out, and take a method such as lora (see "
+        "'pyra train --task sst2 --help')",
         ("--data", str(root), "--root", str(root)): "give --root or --data, not both",
     }.items():
         assert main([*given, *flags, "--output", str(tmp_path / "other")]) == 2
@@ -147,7 +149,7 @@ def test_a_folder_of_files_is_data(
         (wrong / f"{name}.tsv").write_text("text\tscore\na fine film\t1\n")
     with pytest.raises(DataError, match="no column label"):
         train_language(LanguageOptions(backbone=str(backbones["bert"]), data=str(wrong), output=str(tmp_path / "x")))
-    with pytest.raises(ConfigError, match="--batch-size 8 cannot be shared by 1 processes times 3 parts"):
+    with pytest.raises(ConfigError, match="--batch-size 8 cannot be shared by 1 process times 3 parts"):
         train_language(options(backbones["bert"], root, tmp_path / "x", accumulate=3))
 
 

@@ -35,6 +35,7 @@ def test_a_task_without_validation_images_gives_a_fifth(tmp_path: object) -> Non
     parts = choosing_splits(type(task)("x", task.labels, splits))  # the test split is the validation split
     assert (len(parts.training), len(parts.validation)) == (800, 200)
     assert sources(parts.training) | sources(parts.validation) == sources(task.splits["train"])
+    assert parts.origin.startswith("a fifth of the training split")
     again = choosing_splits(type(task)("x", task.labels, splits))
     assert parts.validation["source"][:] == again.validation["source"][:]
 
@@ -58,6 +59,10 @@ def test_candidates() -> None:
     options = ExperimentOptions(
         method="lora", protocol="validation", tune="lr=1e-3:3e-3,scaled-gates=false,ema=0.9:0.99,rank=4"
     )
+    twice = ExperimentOptions(method="lora", protocol="validation", tune="lr=1e-3:0.001:3e-3")
+    assert [changes["lr"] for changes in twice.candidates()] == [1e-3, 3e-3]
+    with pytest.raises(ConfigError, match="it takes rank, dropout"):
+        ExperimentOptions(method="lora", protocol="validation", tune="foo=1:2")
     assert options.candidates()[1] == {"lr": 1e-3, "scaled_gates": False, "ema": 0.99, "rank": 4}
     assert len(options.candidates()) == 4
     assert options.number_of_runs() == 3

@@ -11,7 +11,7 @@ import pytest
 
 from pyra.errors import DataError, OutputError
 from pyra.tasks.data.images import ImageDataset
-from pyra.tasks.evaluation import evaluate_run
+from pyra.tasks.evaluation import caution, evaluate_run
 from pyra.tasks.fitting import fit as fitting
 from pyra.tasks.protocols.experiment import experiment
 from pyra.tasks.protocols.options import ExperimentOptions
@@ -24,6 +24,10 @@ def options(backbone: Path, folder: Path, **changes: Any) -> ExperimentOptions:
         "baselines": False, **changes,
     }  # fmt: skip
     return ExperimentOptions(backbone=str(backbone), output=str(folder), **values)
+
+
+def training_of(run: Path) -> Any:
+    return json.loads((run / "training.json").read_text())
 
 
 @pytest.fixture
@@ -49,6 +53,7 @@ def test_validation_protocol(tiny_backbone: Path, tmp_path: Path, looks: list[st
     record = json.loads((folder / "selection.json").read_text())
     scores = {trial["changes"]["lr"]: max(score for _, score in trial["scores"]) for trial in record["trials"]}
     assert record["chosen"]["score"] == max(scores.values())
+    assert set(record["images"].values()) == {40}  # of --limit
     for number, result in enumerate(results):
         run = folder / f"seed-{number}"
         assert result == read_result(run)
@@ -59,6 +64,9 @@ def test_validation_protocol(tiny_backbone: Path, tmp_path: Path, looks: list[st
     assert results[0].train_sha256 == results[1].train_sha256
     again = evaluate_run(folder / "seed-1", device="cpu")
     assert again.value == results[1].value
+    assert caution(again) is None
+    seen = evaluate_run(folder / "seed-1", device="cpu", split="validation")
+    assert "chose the settings" in str(caution(seen))
 
 
 def test_published_protocol_reports_the_best_epoch_of_the_test_split(
@@ -67,14 +75,21 @@ def test_published_protocol_reports_the_best_epoch_of_the_test_split(
     results = experiment(options(tiny_backbone, tmp_path / "x", protocol="published", lr=2e-2, epochs=3))
     assert looks == ["test"] * 6
     for number, result in enumerate(results):
-        scores = json.loads((tmp_path / "x" / f"seed-{number}" / "training.json").read_text())["scores"]
+        scores = training_of(tmp_path / "x" / f"seed-{number}")["scores"]
         assert result.value == max(score for _, score in scores)
         assert result.protocol == "published"
         assert "test split" in str(result.selection)
+        best = max(scores, key=lambda one: one[1])
+        assert result.chosen == {"epoch": best[0], "test_score": best[1]}
+    assert [entry["step"] for entry in training_of(tmp_path / "x" / "seed-0")["losses"]] == [1, 4, 8, 10, 12]
 
 
 def test_an_experiment_goes_on_where_it_was(
-    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: list[str]
+    tiny_backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    looks: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes: dict[str, Any] = {"protocol": "validation", "tune": "lr=1e-3:2e-2", "baselines": True}
     monkeypatch.setattr("pyra.tasks.protocols.experiment.LINEAR_EPOCHS", 3.0)
@@ -85,10 +100,13 @@ def test_an_experiment_goes_on_where_it_was(
 
         patch.setattr("pyra.tasks.protocols.experiment.train", stop)
         experiment(options(tiny_backbone, tmp_path / "x", **changes))
+    assert f"below {tmp_path / 'x'} is kept; the same line with --resume" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no run of it is finished, --resume"):
+        evaluate_run(tmp_path / "x")
     assert len(looks) == 4
     with pytest.raises(OutputError, match=r"other options \(--lr\)"):
         experiment(options(tiny_backbone, tmp_path / "x", **changes, lr=0.5, resume=True))
-    with pytest.raises(OutputError, match="already holds a"):
+    with pytest.raises(OutputError, match="already holds an experiment: pass --resume to go on with it"):
         experiment(options(tiny_backbone, tmp_path / "x", **changes))
     results = experiment(options(tiny_backbone, tmp_path / "x", **changes, resume=True))
     assert [(result.method, result.seed) for result in results] == [
@@ -123,7 +141,7 @@ def test_seeds_without_a_protocol(tiny_backbone: Path, tmp_path: Path) -> None:
     [
         ("experiment.json", "{"), ("experiment.json", "[]"), ("trials/0/trial.json", "{"),
         ("trials/0/trial.json", "{}"), ("trials/0/trial.json", '{"scores": "abc"}'),
-        ("trials/0/trial.json", '{"scores": [[1.0, null]]}'),
+        ("trials/0/trial.json", '{"scores": [[1.0, null]]}'), ("seed-0/result.json", "{"), ("seed-0/result.json", "{}"),
     ],
 )  # fmt: skip
 def test_damaged_files_of_an_experiment_are_named(
@@ -132,7 +150,8 @@ def test_damaged_files_of_an_experiment_are_named(
     folder = tmp_path / "x"
     shutil.copytree(tried, folder)
     (folder / file).write_text(text)
-    with pytest.raises((OutputError, DataError), match=rf"{file} is damaged"):
+    told = rf"{file}.*; remove {folder}/seed-0 to train" if "seed-0" in file else rf"{file} is damaged"
+    with pytest.raises((OutputError, DataError), match=told):
         experiment(options(tiny_backbone, folder, protocol="validation", epochs=1, seeds=1, resume=True))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pyra.files import write_json
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.comparable import missing_probes, warnings
 from pyra.tasks.reports.groups import Group, differences, group, majority_groups, seeds_text
@@ -41,14 +42,15 @@ def test_whatever_else_differs_keeps_runs_apart(make, change: dict[str, object])
 
 
 def test_what_was_chosen_may_differ_between_seeds(make) -> None:
-    def row(seed: int, lr: float, epochs: float, decay: float = 0.0):
+    def row(seed: int, lr: float, epoch: float, decay: float = 0.0, epochs: float = 9.0):
         settings = {"lr": lr, "weight_decay": decay}
         return make(
-            seed=seed, epochs=epochs, settings=settings, protocol="validation", chosen={"lr": lr, "epoch": epochs}
+            seed=seed, epochs=epochs, settings=settings, protocol="validation", chosen={"lr": lr, "epoch": epoch}
         )
 
     assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4))) == 1
     assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4, decay=0.1))) == 2
+    assert len(grouped(row(0, 0.1, 3), row(1, 0.2, 4, epochs=99.0))) == 2  # the schedule was given, not chosen
 
 
 def test_few_shot_draws_are_runs_of_one_method(make) -> None:
@@ -100,6 +102,17 @@ def test_majority_class_once_for_each_set_of_images(make) -> None:
     ]  # fmt: skip
 
 
+def test_majority_classes_of_several_training_sets_are_told_apart(make) -> None:
+    ways = [
+        (0.1, "fixed", {"shots": None}), (0.2, "validation", {"shots": None}), (0.3, "validation", {"shots": 4}),
+    ]  # fmt: skip
+    rows = [make(majority_value=value, protocol=name, settings=settings) for value, name, settings in ways]
+    assert differences(majority_groups(grouped(*rows))) == [
+        "counted_in=training, shots=null", "counted_in=training + validation, shots=null",
+        "counted_in=training, shots=4",
+    ]  # fmt: skip
+
+
 def test_rows_that_cannot_be_compared_are_named(make) -> None:
     known = {"settings": {}, "test_sha256": "a" * 64}
     assert (
@@ -140,3 +153,18 @@ def test_missing_linear_probes_come_with_their_command(make) -> None:
     assert "pyra train --task demo --shots 4 --method linear --output runs/demo-4shot-linear" in fourth
     many = missing_probes(grouped(*(make(task=f"t{i}") for i in range(9))))
     assert len(many) == 5 and many[-1] == "5 more linear probes are missing"
+
+
+def test_a_backbone_by_two_paths_is_one(make) -> None:
+    rows = [make(backbone=path, weights_sha256="a", seed=seed) for seed, path in enumerate(("vit", "/models/vit"))]
+    assert len(grouped(*rows)) == 1
+    probe = make("linear", backbone="../vit", weights_sha256="a")
+    assert missing_probes(grouped(*rows, probe)) == []
+    assert len(grouped(*(make(backbone=path, weights_sha256="random") for path in ("vit", "/models/vit")))) == 2
+
+
+def test_a_suggested_command_names_the_data_as_it_lies(make, tmp_path: Path) -> None:
+    write_json(tmp_path / "options.json", {"data": "/home/me/my photos"})
+    row = make(task="my photos", data_source="my photos")
+    (line,) = missing_probes(group([Found(tmp_path / "result.json", row)])[0])
+    assert "--data '/home/me/my photos'" in line

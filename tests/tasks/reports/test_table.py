@@ -7,6 +7,7 @@ import re
 import pytest
 
 from pyra.tasks.reports import results_table
+from pyra.tasks.reports.summary import csv_cell
 
 
 def test_plain_table_holds_the_numbers_in_aligned_columns(rows):
@@ -52,3 +53,8 @@ def test_table_refusals(rows):
         results_table(rows, "latex")
     with pytest.raises(ValueError, match=r"no row of method 'full'.*LoRA"):
         results_table(rows, baseline="full")
+
+
+def test_no_cell_of_a_csv_file_is_a_formula() -> None:
+    assert csv_cell("=1+1") == "'=1+1" and csv_cell(" @x") == "' @x" and csv_cell("-x\x1b[2J") == "'-x?[2J"
+    assert csv_cell(-0.5) == -0.5 and csv_cell("pyra") == "pyra" and csv_cell(["=1"]) == '["=1"]'
