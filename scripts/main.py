@@ -16,6 +16,7 @@ from pyra.errors import ConfigError, OtherProcessError, PyraError, did_you_mean
 VERBS = {
     "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
     "evaluate": ("pyra.scripts.evaluate", "score and time a saved run"),
+    "sweep": ("pyra.scripts.sweep", "train a grid of methods and rates, here or on a cluster, and report"),
     "results": ("pyra.scripts.results", "show all runs below folders in one table"),
     "visualize": ("pyra.scripts.visualize", "picture what merged in an image, layer by layer"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),

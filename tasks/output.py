@@ -25,7 +25,7 @@ from pyra.tasks.results import RESULT_FILE
 CLAIM_FILE = ".pyra-run"
 """Says which kind of output a folder holds."""
 
-Kind = Literal["run", "trial", "experiment", "demo", "export"]
+Kind = Literal["run", "trial", "experiment", "sweep", "demo", "export"]
 
 WRITTEN: dict[Kind, tuple[str, ...]] = {
     "run": (
@@ -44,6 +44,7 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
     ),
     "trial": ("options.json", "data.json", "trial.json", "logs"),
     "experiment": ("experiment.json", "selection.json", "summary.md", "trials", "linear", "seed-*"),
+    "sweep": ("sweep.json", "report.html", "report.md", "front.png", "runs", "failures", "jobs"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),
 }
@@ -154,6 +155,22 @@ def claimed_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool =
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another --output") from None
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; the hold ends with the process, however it ends.
+
+    Raises:
+        OutputError: where another process has it.
+    """
+    lock = _locked(folder)
+    if lock is None:
+        raise OutputError(f"another process is at work in {folder}: wait for it, or choose another --output")
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def unfinished(folder: str | os.PathLike[str], kind: Kind) -> list[Path]:
@@ -327,7 +344,9 @@ def _refuse_dangerous(folder: Path, kind: Kind) -> None:
         place = "the root of a git checkout"
     else:
         around = next((above for above in real.parents if _kind_of(above) is not None), None)
-        if around is not None and kind != "export" and _kind_of(around) != "experiment":  # an export is of its run
+        if (
+            around is not None and kind != "export" and _kind_of(around) not in ("experiment", "sweep")
+        ):  # an export is of its run
             raise OutputError(f"{folder} lies inside another output of pyra, {around}: choose another --output")
         return
     raise OutputError(f"{folder} is {place}: choose a folder inside it, such as {folder / 'runs' / 'first'}")

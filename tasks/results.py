@@ -68,6 +68,7 @@ class RunResult:
         peak_memory_bytes: of the process (CPU) or of what torch allocated on the GPU.
         energy_joules: of what ``energy_of`` names, idle power and other users of it included.
         unit: what is counted in ``images_per_second``.
+        note: what a reader of the row has to know besides.
 
     >>> row = RunResult(task="demo", method="lora", metric="accuracy", value=0.5, macs=10, schedule=[0], rate=0.0,
     ...                 trained_parameters=3, seed=0)
@@ -114,6 +115,7 @@ class RunResult:
     selection: str | None = None
     chosen: dict[str, Any] | None = None
     plain_macs: int | None = None
+    note: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -18,7 +18,7 @@ from pyra.tasks.output import Kind, put_right, staged_output, unfinished
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DATA, OPTIONS, data_record, stored_options
 
-_FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_steps"})
+FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_steps"})
 """Options that may differ between the parts of a run."""
 
 
@@ -156,7 +156,7 @@ def _differing(folder: Path, own: dict[str, Any]) -> list[str] | None:
     stored = _read(folder / OPTIONS)
     if not isinstance(stored, dict):
         return None
-    return sorted(name for name in {*stored, *own} - _FREE if stored.get(name) != _plain(own.get(name)))
+    return sorted(name for name in {*stored, *own} - FREE if stored.get(name) != _plain(own.get(name)))
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pyra.adapters import CardInfo, fold_adapter, save_adapter
 from pyra.adapters.card import Described
 from pyra.adapters.folder import CARD, WEIGHTS
 from pyra.backbones import set_rate
+from pyra.backbones.loading import preprocessing
 from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json, write_text
 from pyra.tasks.data.duplicates import shared_content
@@ -35,6 +37,7 @@ from pyra.tasks.results import RESULT_FILE, RunResult, environment, read_result
 from pyra.tasks.resuming import finished, shared_output
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run, task_for
 from pyra.tasks.scoring import predict, value_of
+from pyra.tasks.shelf import Shelf
 from pyra.tasks.usage import Meter
 
 PREDICTIONS, TRAINING = "predictions.json", "training.json"
@@ -52,6 +55,7 @@ class Plan:
         stop_after: end after so many epochs of the options' schedule.
         best_on_test: score the test split after every epoch and keep the best: the habit that flatters.
         features: of a probe's images, where an experiment keeps them.
+        shelf: keeps task and decoded images for the next run of this process.
     """
 
     protocol: str = "fixed"
@@ -61,6 +65,7 @@ class Plan:
     stop_after: float | None = None
     best_on_test: bool = False
     features: FeatureStore | None = None
+    shelf: Shelf | None = None
 
 
 def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
@@ -78,7 +83,8 @@ def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
     plan = plan or Plan()
     device = ready(options)
     refuse_output_in_data(options)
-    task = task_for(options)
+    shelf = plan.shelf if plan.shelf is not None and plan.training is None else Shelf()
+    task = shelf.get(("task", *data_options(options)), lambda: task_for(options))
     warn_of_shared(options, task)
     if options.resume:
         earlier = processes.on_main(lambda: finished(options, task))
@@ -88,8 +94,16 @@ def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
     with shared_output(options, task) as folder:
         if (folder / RESULT_FILE).exists():  # the process was killed between its last file and the swap
             return read_result(folder)
-        train_data, test_data = splits(options, task, model, plan.training)
+        seen = (*data_options(options), preprocessing(model), options.skip_broken, options.limit)
+        make = functools.partial(splits, options, task, model, plan.training)
+        train_data, test_data = shelf.get(("splits", *seen), make)
         return run(options, task, model, train_data, test_data, folder, device, plan)
+
+
+def data_options(options: RunOptions) -> tuple[Any, ...]:
+    """Return what decides which task a run has: runs with the same have the same."""
+    names = ("task", "data", "root", "image_column", "label_column", "shots", "shots_seed")
+    return tuple(getattr(options, name) for name in names)
 
 
 def ready(options: LoopOptions) -> torch.device:

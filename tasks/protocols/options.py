@@ -72,22 +72,7 @@ class ExperimentOptions(RunOptions):
         Raises:
             ConfigError: for names that are no option of a run or cannot be chosen, and values that do not fit.
         """
-        if self.tune is None:
-            return [{}]
-        found: dict[str, list[Any]] = {}
-        for part in self.tune.split(","):
-            name, equals, values = part.partition("=")
-            name = name.strip().replace("-", "_")
-            if name not in _TUNED or not equals:
-                hint = did_you_mean(name, _TUNED)
-                listed = ", ".join(_TUNED)
-                raise ConfigError(
-                    f"--tune {part.strip()!r} is no option and its values, as in lr=1e-3:3e-3{hint}; it takes {listed}"
-                )
-            if name in found:
-                raise ConfigError(f"--tune names {name} twice")
-            found[name] = list(dict.fromkeys(_value(name, value.strip()) for value in values.split(":")))
-        made = [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
+        made = combinations(self.tune, "--tune")
         for changes in made:
             self.run(self.output, **changes)  # as a check
         return made
@@ -102,12 +87,40 @@ class ExperimentOptions(RunOptions):
         return RunOptions(**{**values, "output": output, **changes})
 
 
-def _value(name: str, text: str) -> Any:
+def combinations(text: str | None, flag: str) -> list[dict[str, Any]]:
+    """Return every combination of the values of options, ``lr=1e-3:3e-3,dropout=0:0.1``; for None that of nothing.
+
+    Args:
+        text: options and their values.
+        flag: that gave it, for messages.
+
+    Raises:
+        ConfigError: for names that are no option of a run or may not vary, and values that do not fit.
+    """
+    if text is None:
+        return [{}]
+    found: dict[str, list[Any]] = {}
+    for part in text.split(","):
+        name, equals, values = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in _TUNED or not equals:
+            hint = did_you_mean(name, _TUNED)
+            listed = ", ".join(_TUNED)
+            raise ConfigError(
+                f"{flag} {part.strip()!r} is no option and its values, as in lr=1e-3:3e-3{hint}; it takes {listed}"
+            )
+        if name in found:
+            raise ConfigError(f"{flag} names {name} twice")
+        found[name] = list(dict.fromkeys(_value(name, value.strip(), flag) for value in values.split(":")))
+    return [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
+
+
+def _value(name: str, text: str, flag: str) -> Any:
     """Turn the text of a value into the type of its option."""
     kinds = typing.get_args(typing.get_type_hints(RunOptions)[name]) or (typing.get_type_hints(RunOptions)[name],)
     if bool in kinds:
         if text.lower() not in ("true", "false"):
-            raise ConfigError(f"--tune {name}: {text!r} is not true or false")
+            raise ConfigError(f"{flag} {name}: {text!r} is not true or false")
         return text.lower() == "true"
     for kind in (int, float):
         if kind in kinds:
@@ -117,7 +130,7 @@ def _value(name: str, text: str) -> Any:
                 continue
     if str in kinds:
         return text
-    raise ConfigError(f"--tune {name}: {text!r} is not a number")
+    raise ConfigError(f"{flag} {name}: {text!r} is not a number")
 
 
 def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

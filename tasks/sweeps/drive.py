@@ -1,0 +1,184 @@
+"""A sweep from its options to its last run: what waits is handed out, what ends is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pyra.tasks.output import claimed_output, held
+from pyra.tasks.runs import resolve_device, task_for
+from pyra.tasks.sweeps.folder import (
+    FAILURES,
+    JOBS,
+    RUNS,
+    forget_failure,
+    note_failure,
+    run_folder,
+    state,
+    write_options,
+)
+from pyra.tasks.sweeps.grid import Planned, SweepOptions
+from pyra.tasks.sweeps.work import Outcome, Work
+from pyra.tasks.training import refuse_output_in_data
+
+_PATIENCE = 0.5  # seconds between two looks at the clock
+
+
+class Executor(Protocol):
+    """Where runs take place."""
+
+    slots: int
+
+    def submit(self, work: Work) -> None:
+        """Begin a run."""
+
+    def wait(self, seconds: float) -> list[tuple[Work, Outcome]]:
+        """Return what has ended since, after at most so long."""
+
+    def stop(self) -> None:
+        """End what runs, and everything of the executor."""
+
+
+@dataclass
+class Progress:
+    """How far a sweep is.
+
+    Attributes:
+        total: runs.
+        kept: of them, finished before this start.
+        finished: names and outcomes of those that finished since.
+        failed: names and reasons of those that failed, before and since.
+        running: names of those under way.
+        took: seconds of this start.
+        cut: whether the budget ended it.
+    """
+
+    total: int
+    kept: int = 0
+    finished: dict[str, Outcome] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    running: list[str] = field(default_factory=list)
+    took: float = 0.0
+    cut: bool = False
+
+    @property
+    def left(self) -> int:
+        """Runs that have neither finished nor failed."""
+        return self.total - self.kept - len(self.finished) - len(self.failed)
+
+    def seconds_left(self) -> float | None:
+        """Guess from what finished since the start; None before anything did."""
+        return self.took / len(self.finished) * self.left if self.finished else None
+
+
+def sweep(options: SweepOptions, tell: Callable[[Progress], None] = lambda _: None) -> Progress:
+    """Do what is left of a sweep.
+
+    The folder is all that is remembered: whatever ends this process, the same call goes on. One run that fails does
+    not end the others.
+
+    Args:
+        options: of the sweep.
+        tell: called whenever something has changed, and about twice a second.
+
+    Raises:
+        PyraError: for what is wrong with the options, the data or the folder, before any run begins.
+    """
+    runs = options.runs()
+    check(runs)
+    folder = claimed_output(options.output, "sweep", options.overwrite, resume=not options.overwrite)
+    with held(folder):
+        for name in (RUNS, FAILURES):
+            (folder / name).mkdir(exist_ok=True)
+        write_options(folder, options)
+        now = state(folder, runs, options.retry)
+        progress = Progress(len(runs), kept=len(now.finished))
+        progress.failed = {planned.name: "failed before; --retry tries again" for planned in now.failed}
+        tell(progress)
+        if now.waiting:
+            executor = executor_for(options, folder)
+            try:
+                _drive(executor, folder, now.waiting, progress, options.budget_seconds(), tell)
+            finally:
+                executor.stop()
+    return progress
+
+
+def check(runs: list[Planned]) -> None:
+    """Find what is wrong with task and output before the first run begins."""
+    first = runs[0].options
+    refuse_output_in_data(first)
+    task_for(first)
+
+
+def executor_for(options: SweepOptions, folder: Path) -> Executor:
+    """Return the executor that the options name."""
+    if options.executor == "ray":
+        from pyra.tasks.sweeps.cluster import RayExecutor
+
+        return RayExecutor(options.workers, options.address, options.cpus, options.gpus)
+    if options.executor == "slurm":
+        from pyra.tasks.sweeps.cluster import SlurmExecutor
+
+        return SlurmExecutor(options.workers or 64, folder / JOBS, options.cpus, options.gpus)
+    import torch
+
+    from pyra.tasks.sweeps.local import LocalExecutor
+
+    device = resolve_device(options.device)
+    devices = [str(device)]
+    if device.type == "cuda" and device.index is None:
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    slots = options.workers or (len(devices) if device.type == "cuda" else 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(cores // slots, 1)
+    return LocalExecutor(slots, devices, threads, folder / JOBS)
+
+
+def work_of(folder: Path, planned: Planned) -> Work:
+    """Return a run as workers take it."""
+    options = dataclasses.asdict(planned.options) | {"output": str(run_folder(folder, planned).resolve())}
+    return Work(planned.name, options, planned.rates)
+
+
+def _drive(
+    executor: Executor,
+    folder: Path,
+    waiting: list[Planned],
+    progress: Progress,
+    budget: float | None,
+    tell: Callable[[Progress], None],
+) -> None:
+    started = time.monotonic()
+    by_name = {planned.name: planned for planned in waiting}
+    queue = deque(work_of(folder, planned) for planned in waiting)
+    while queue or progress.running:
+        progress.took = time.monotonic() - started
+        if budget is not None and progress.took >= budget:
+            progress.cut = True
+            return
+        while queue and len(progress.running) < executor.slots:
+            work = queue.popleft()
+            executor.submit(work)
+            progress.running.append(work.name)
+        for work, outcome in executor.wait(_PATIENCE):
+            progress.running.remove(work.name)
+            planned = by_name[work.name]
+            smaller = work.with_half_the_batch() if outcome.kind == "memory" else None
+            if smaller is not None:
+                queue.appendleft(smaller)
+                note_failure(folder, planned, "memory", f"{outcome.error}; tried again with half the batch")
+            elif outcome.kind == "finished":
+                forget_failure(folder, planned)
+                progress.finished[work.name] = outcome
+            else:
+                note_failure(folder, planned, outcome.kind, outcome.error)
+                progress.failed[work.name] = outcome.error
+        progress.took = time.monotonic() - started
+        tell(progress)
