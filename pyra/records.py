@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from pyra.errors import did_you_mean
 
@@ -47,6 +47,59 @@ def type_problems(record: type, values: Mapping[str, Any]) -> list[str]:
         for name, value in values.items()
         if not _fits(value, hints[name])
     ]
+
+
+def choice_problems(record: Any, leave_out: Collection[str] = ()) -> list[str]:
+    """List the values of a dataclass of :func:`option` fields that are neither their default nor among ``choices``.
+
+    Args:
+        record: the dataclass.
+        leave_out: names of fields that are not checked.
+    """
+    problems = []
+    for field in dataclasses.fields(record):
+        allowed, value = field.metadata.get("choices"), getattr(record, field.name)
+        if not allowed or field.name in leave_out:
+            continue
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if one not in (*allowed, field.default):
+                close = did_you_mean(str(one), allowed)
+                problems.append(f"--{_flag(field.name)} must be one of {', '.join(allowed)}, got {one!r}{close}")
+    return problems
+
+
+class Bounds(NamedTuple):
+    """What a number must be, in words and as a test."""
+
+    text: str
+    hold: Callable[[float], bool]
+
+
+ABOVE_0 = Bounds("above 0 and below 1e9", lambda value: 0 < value < 1e9)
+AT_LEAST_0 = Bounds("at least 0 and below 1e9", lambda value: 0 <= value < 1e9)
+BELOW_1 = Bounds("in [0, 1)", lambda value: 0 <= value < 1)
+SEED = Bounds("in [0, 2**32)", lambda value: 0 <= value < 2**32)
+
+
+def bound_problems(record: Any, bounds: Bounds, names: Iterable[str]) -> list[str]:
+    """List the fields that are out of bounds; None never is.
+
+    >>> @dataclasses.dataclass
+    ... class Step:
+    ...     batch_size: int | None
+    >>> bound_problems(Step(0), ABOVE_0, ["batch_size"]), bound_problems(Step(None), ABOVE_0, ["batch_size"])
+    (['--batch-size must be above 0 and below 1e9, got 0'], [])
+    """
+    values = {name: getattr(record, name) for name in names}
+    return [
+        f"--{_flag(name)} must be {bounds.text}, got {value}"
+        for name, value in values.items()
+        if value is not None and not bounds.hold(value)
+    ]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _type_name(hint: Any) -> str:

@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pyra.attention import ATTENTIONS
 from pyra.errors import ConfigError
 from pyra.kernels import BACKENDS
-from pyra.records import option
+from pyra.records import Bounds, bound_problems, option
 from pyra.scripts.cli import parse
 from pyra.tasks.options import DEVICES
 
+Options = TypeVar("Options")
+_COUNT = Bounds("at least 1", lambda value: value >= 1)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -98,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _model(arguments: Sequence[str]) -> int:
-    options = parse(
+    options = _options(
         ModelOptions,
         arguments,
-        prog="pyra benchmark model",
+        "model",
         description=(
             "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
             "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training."
@@ -111,8 +113,6 @@ def _model(arguments: Sequence[str]) -> int:
             "  pyra benchmark model --device cuda --dtype bfloat16 --batch-size 256 --no-training"
         ),
     )
-    _at_least_one(options, "batch_size", "train_batch_size", "rounds", "train_rounds", "threads")
-    _can_be_written(options.output)
     _start(options)
     from pyra.tasks.benchmarks.model import compile_rows, inference_rows, machinery_rows, training_rows
     from pyra.tasks.benchmarks.subject import Subject
@@ -139,10 +139,10 @@ def _model(arguments: Sequence[str]) -> int:
 
 
 def _kernels(arguments: Sequence[str]) -> int:
-    options = parse(
+    options = _options(
         KernelOptions,
         arguments,
-        prog="pyra benchmark kernels",
+        "kernels",
         description=(
             "Time matching, merging and attention with a size bias, at layer shapes of ViT-B, ViT-L and DINOv2-S,\n"
             "against plain PyTorch ('/ eager', '/ compiled': how many times faster) and against a copy ('copy': share\n"
@@ -152,11 +152,9 @@ def _kernels(arguments: Sequence[str]) -> int:
         ),
         example="pyra benchmark kernels --device cpu --quick\n  pyra benchmark kernels --device cuda",
     )
-    _at_least_one(options, "rounds", "threads")
     batches = options.batch_sizes or ([1, 4] if options.quick else [1, 32, 256])
     if min(batches) < 1:
         raise ConfigError("--batch-sizes must be at least 1")
-    _can_be_written(options.output)
     options.batch_sizes, options.rounds = batches, min(options.rounds, 5) if options.quick else options.rounds
     device = _start(options)
     import torch
@@ -179,18 +177,16 @@ def _kernels(arguments: Sequence[str]) -> int:
 
 
 def _adapters(arguments: Sequence[str]) -> int:
-    options = parse(
+    options = _options(
         AdapterOptions,
         arguments,
-        prog="pyra benchmark adapters",
+        "adapters",
         description=(
             "Time loading and switching adapters against PEFT's own ('/ peft': how many times faster), and training\n"
             "steps at rates from 0.3 to 0.8 against as many at the middle ('/ fixed-rate share': times as long)."
         ),
         example="pyra benchmark adapters --backbone vit_base_patch16_224",
     )
-    _at_least_one(options, "batch_size", "rounds", "threads")
-    _can_be_written(options.output)
     _start(options)
     from pyra.tasks.benchmarks.adapters import elastic_rows, loading_rows, switching_rows
     from pyra.tasks.benchmarks.subject import Subject
@@ -206,18 +202,16 @@ def _adapters(arguments: Sequence[str]) -> int:
 
 
 def _input(arguments: Sequence[str]) -> int:
-    options = parse(
+    options = _options(
         InputOptions,
         arguments,
-        prog="pyra benchmark input",
+        "input",
         description=(
             "Time training steps on images as they come from the data set, with and without RandAugment, against the\n"
             "same steps on batches that lie in memory, in turns ('/ in-memory share': times as long)."
         ),
         example="pyra benchmark input --backbones demo,vit_small_patch16_224",
     )
-    _at_least_one(options, "batch_size", "rounds", "threads")
-    _can_be_written(options.output)
     _start(options)
     from pyra.tasks.benchmarks.input import input_rows
     from pyra.tasks.benchmarks.subject import Subject
@@ -239,13 +233,19 @@ def _run(stages: Sequence[tuple[str, Callable[[], list[Any]]]]) -> list[Any]:
     return rows
 
 
-def _at_least_one(options: Any, *names: str) -> None:
-    wrong = [name for name in names if (value := getattr(options, name)) is not None and value < 1]
-    problems = [f"--{name.replace('_', '-')} must be at least 1" for name in wrong]
+def _options(kind: type[Options], arguments: Sequence[str], verb: str, description: str, example: str) -> Options:
+    """Parse, and check what all verbs have: counts, the device, and a file that can be written."""
+    prog = f"pyra benchmark {verb}"
+    options: Any = parse(kind, arguments, prog=prog, description=description, example=example)
+    counts = [name for name, value in vars(options).items() if type(value) is int]
+    problems = bound_problems(options, _COUNT, counts)
     if re.fullmatch(DEVICES, options.device) is None or options.device == "auto":
         problems.append(f"--device must be cpu, cuda or cuda:NUMBER, got {options.device!r}")
     if problems:
         raise ConfigError("; ".join(problems))
+    _can_be_written(options.output)
+    checked: Options = options
+    return checked
 
 
 def _can_be_written(output: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.errors import ConfigError, did_you_mean
-from pyra.records import option, type_problems
+from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
 
 if TYPE_CHECKING:
     from pyra.config import PyraConfig
@@ -113,13 +113,7 @@ class RunOptions:
             problems.append(
                 f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}; one of {', '.join(METHODS)}"
             )
-        for checked in fields(self):
-            allowed = checked.metadata.get("choices")
-            value = getattr(self, checked.name)
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if allowed and checked.name != "method" and one not in (*allowed, checked.default):
-                    close = did_you_mean(str(one), allowed)
-                    problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {one!r}{close}")
+        problems += choice_problems(self, leave_out=("method",))
         if not self.output.strip():
             problems.append("--output is empty; give a folder")
         given = [name for name in ("rate", "schedule") if getattr(self, name) is not None]
@@ -134,23 +128,13 @@ class RunOptions:
             problems.append("--scaled-gates goes with --method pyra")
         of_rates = self._rate_problems()
         problems += of_rates
-        for name in ("rank", "epochs", "batch_size", "lr", "accumulate", "save_steps"):
-            if not 0 < getattr(self, name) < 1e9:
-                problems.append(f"--{name.replace('_', '-')} must be a positive number, got {getattr(self, name)}")
-        for name in ("image_size", "reactivation_lr", "head_lr", "limit", "shots"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1e9:
-                problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {getattr(self, name)}")
-        for name in ("dropout", "drop_path", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                problems.append(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < 1e9:
-                problems.append(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(self, name)}")
+        numbers = ("rank", "epochs", "batch_size", "lr", "accumulate", "save_steps", "image_size", "reactivation_lr",
+                   "head_lr", "limit", "shots")  # fmt: skip
+        problems += bound_problems(self, ABOVE_0, numbers)
+        problems += bound_problems(self, BELOW_1, ("dropout", "drop_path", "smoothing"))
+        problems += bound_problems(self, AT_LEAST_0, ("weight_decay", "mixup", "cutmix"))
         problems += self._augmentation_problems()
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
-        if not 0 <= self.shots_seed < 2**32:
-            problems.append(f"--shots-seed must be in [0, 2**32), got {self.shots_seed}")
+        problems += bound_problems(self, SEED, ("seed", "shots_seed"))
         if self.shots_seed and self.shots is None:
             problems.append("--shots-seed goes with --shots")
         if re.fullmatch(DEVICES, self.device) is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
-from pyra.records import record_problems
+from pyra.records import ABOVE_0, bound_problems, choice_problems, option, record_problems
 
 
 @dataclass
@@ -60,3 +61,20 @@ def test_all_problems_come_together() -> None:
         "share = 'x' should be of type float",
     ]
     assert record_problems(Record, [1]) == ["expected keys and values, found list"]
+
+
+def test_choices_and_bounds_of_options() -> None:
+    @dataclasses.dataclass
+    class Options:
+        way: str = option("up", "", choices=("up", "down"))
+        all_ways: tuple[str, ...] = option((), "", choices=("up", "down"))
+        step_size: float | None = None
+
+    assert choice_problems(Options()) == bound_problems(Options(), ABOVE_0, ("step_size",)) == []
+    wrong = Options("dwn", ("up", "left"), 0)
+    assert choice_problems(wrong) == [
+        "--way must be one of up, down, got 'dwn' (did you mean 'down'?)",
+        "--all-ways must be one of up, down, got 'left'",
+    ]
+    assert choice_problems(wrong, leave_out=("way", "all_ways")) == []
+    assert bound_problems(wrong, ABOVE_0, ("step_size",)) == ["--step-size must be above 0 and below 1e9, got 0"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyra.errors import ConfigError
 from pyra.files import write_json
-from pyra.records import type_problems
+from pyra.records import ABOVE_0, bound_problems, type_problems
 from pyra.tasks.language.answering import Asking, Scored, answer
 from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest, load_decoder, load_encoder, longest, read_config
@@ -54,10 +54,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         """Check what is asked for; raises :class:`ConfigError` with all problems."""
         problems = type_problems(Evaluation, dataclasses.asdict(self))
-        for name in ("batch_size", "limit", "max_length", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e9:
-                problems.append(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+        if not problems:
+            problems += bound_problems(self, ABOVE_0, ("batch_size", "limit", "max_length", "max_new_tokens"))
         if not problems and self.num_fewshot < 0:
             problems.append(f"--num-fewshot must be at least 0, got {self.num_fewshot}")
         if self.dtype is not None and self.dtype not in DTYPES:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pyra.adapters.methods import PEFT_METHODS, peft_config
-from pyra.errors import ConfigError, did_you_mean
-from pyra.records import option, type_problems
+from pyra.errors import ConfigError
+from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
 from pyra.tasks.language.cards import ANSWERS
 from pyra.tasks.options import DEVICES, TRACKERS
 
@@ -84,28 +84,15 @@ class LanguageOptions:
             problems.append("--backbone is missing: give a folder that transformers has saved, or a name on the hub")
         if self.method in _IMAGES_ALONE:
             problems.append(f"--method {self.method} is made for images; one of {', '.join(METHODS)}")
-        for checked in fields(self):
-            allowed = checked.metadata.get("choices")
-            value = getattr(self, checked.name)
-            skipped = checked.name == "method" and value in _IMAGES_ALONE
-            for one in value if isinstance(value, (list, tuple)) else (value,):
-                if allowed and not skipped and one not in (*allowed, checked.default):
-                    close = did_you_mean(str(one), allowed)
-                    problems.append(f"--{checked.name} must be one of {', '.join(allowed)}, got {one!r}{close}")
+        problems += choice_problems(self, leave_out=("method",) if self.method in _IMAGES_ALONE else ())
         if self.root is not None and self.data is not None:
             problems.append("give --root or --data, not both")
-        for name in (
-            "rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit", "accumulate", "save_steps",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e9:
-                problems.append(f"--{name.replace('_', '-')} must be above 0 and below 1e9, got {value}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
-        if not 0 <= self.weight_decay < 1e9:
-            problems.append(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
+        numbers = ("rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit", "accumulate",
+                   "save_steps")  # fmt: skip
+        problems += bound_problems(self, ABOVE_0, numbers)
+        problems += bound_problems(self, BELOW_1, ("dropout",))
+        problems += bound_problems(self, AT_LEAST_0, ("weight_decay",))
+        problems += bound_problems(self, SEED, ("seed",))
         if re.fullmatch(DEVICES, self.device) is None:
             problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if not self.output.strip():

@@ -212,7 +212,7 @@ def majority_groups(groups: Iterable[Group]) -> list[Group]:
         )}  # fmt: skip
         settings = row.settings or {}
         both = row.protocol in ("validation", "published") and settings.get("shots") is None
-        counted = {"counted_in": "training + validation" if both else "training"}
+        counted: dict[str, Any] = {"counted_in": "training + validation" if both else "training"}
         counted |= {name: settings.get(name) for name in ("shots", "shots_seed", "limit")}
         baseline = RunResult(
             **values, settings=counted, method=MAJORITY, value=row.majority_value, macs=0, schedule=[], rate=0.0,

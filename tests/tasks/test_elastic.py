@@ -75,5 +75,7 @@ def test_a_run_that_merges_nothing_has_no_rate(tiny_backbone: Path, tmp_path: Pa
 
 
 def test_a_wrong_rate_hides_no_other_problem(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--lr must be a positive number, got -1; rate must be a number in \[0, 1\)"):
+    with pytest.raises(
+        ConfigError, match=r"--lr must be above 0 and below 1e9, got -1; rate must be a number in \[0, 1\)"
+    ):
         options(tmp_path, tmp_path / "run", rate=1.5, elastic=False, lr=-1)

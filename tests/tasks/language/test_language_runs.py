@@ -321,7 +321,7 @@ def test_runs_on_images_and_on_texts_are_told_apart(
         ("--rate", "0.5"): "do not merge yet",
         ("--skip-broken",): "--skip-broken is for runs on images",
         ("--task", "sst2"): "--task goes with --backbone",
-        ("--max-length", "0"): "--max-length must be a positive number",
+        ("--max-length", "0"): "--max-length must be above 0",
     }.items():
         assert main(["evaluate", str(tmp_path / "run"), *flags]) == 2
         assert message in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_candidates() -> None:
         ({"protocol": "validation", "tune": "task=demo"}, "is no option"),
         ({"protocol": "validation", "tune": "lr=fast"}, "'fast' is not a number"),
         ({"protocol": "validation", "tune": "lr=1,lr=2"}, "twice"),
-        ({"protocol": "validation", "tune": "lr=-1:1"}, "--lr must be a positive number"),
+        ({"protocol": "validation", "tune": "lr=-1:1"}, "--lr must be above 0"),
         ({"protocol": "published", "patience": 2}, "--patience goes with --protocol validation"),
         ({"seeds": 0}, "--seeds must be a positive number"),
         ({"protocol": "val"}, "--protocol must be one of validation, published"),
