@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import time
@@ -38,7 +39,7 @@ class RayExecutor:
         self._ray = ray
         _refuse_unreachable(address)
         try:
-            ray.init(address, log_to_driver=False, include_dashboard=False, logging_level="error")
+            ray.init(address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"--address {address or 'of a new cluster'}: Ray cannot be reached: {reason}") from None
