@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -41,12 +42,17 @@ def record_problems(record: type, values: object) -> list[str]:
 
 def type_problems(record: type, values: Mapping[str, Any]) -> list[str]:
     """List the values that do not have the type of their field; an int is a float, a bool is not an int."""
-    hints = typing.get_type_hints(record)
+    hints = _hints(record)
     return [
         f"{name} = {value!r} should be of type {_type_name(hints[name])}"
         for name, value in values.items()
         if not _fits(value, hints[name])
     ]
+
+
+@functools.cache  # tables read thousands of records of one type
+def _hints(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record)
 
 
 def _type_name(hint: Any) -> str:

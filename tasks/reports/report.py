@@ -61,7 +61,7 @@ def report(
     across = None if by is None else dimensions(by)
     wanted = _filters(where)
     collection = collect(folders, evaluations)
-    skipped = _skipped(collection)
+    skipped = skipped_note(collection)
     if not collection.found:
         more = f" ({'; '.join(skipped)})" if skipped else ""
         raise DataError(
@@ -171,7 +171,8 @@ def _filtered(found: Sequence[Found], wanted: dict[str, set[str]]) -> list[Found
     return list(found)
 
 
-def _skipped(collection: Collection) -> list[str]:
+def skipped_note(collection: Collection) -> list[str]:
+    """Return the line that names files which hold no result, if there are any."""
     if not collection.skipped:
         return []
     listed = "; ".join(f"{file} ({reason})" for file, reason in collection.skipped[:_NAMED])
