@@ -94,6 +94,20 @@ def test_keys_reach_every_point_and_its_commands(page: Path) -> None:
     assert "tabindex" in seen.dom
 
 
+def test_several_tasks_and_points_without_a_speed(write: Callable[..., Path], tmp_path: Path) -> None:
+    write("a", "lora", 300)
+    write("b", "pyra", 290, 0.5, speed=None)
+    write("c", "lora", 200, task="other", speed=None)
+    page = write_report(tmp_path / "sweep")
+    told = "[...document.querySelectorAll('#cost option')].map(o => o.disabled)"
+    assert look(page, probe=f"[{COUNT}, {PLOT}.cost, {told}]").probe == [
+        "1 of 2 points, 1 on the front; 1 without this measurement", "speed", [False] * 5,
+    ]  # fmt: skip
+    seen = look(page, "task=1&cost=speed", probe=f"[{COUNT}, {PLOT}.cost, {told}, {NAMES}.length]")
+    assert seen.probe == ["1 of 1 points, 1 on the front", "macs", [True, True, False, False, False], 1]
+    assert seen.errors == []
+
+
 def test_a_row_of_the_table_is_a_button(page: Path) -> None:
     probe = "(document.querySelectorAll('#body button')[1].click(), document.querySelector('#chosen pre').textContent)"
     seen = look(page, "sort=-speed", probe=probe)
