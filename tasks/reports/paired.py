@@ -169,8 +169,8 @@ def paired_answers(ours: Group, theirs: Group) -> Pairs:
     labels = [one[0] for side in answers for one in side]
     if not all(np.array_equal(labels[0], one) for one in labels[1:]):
         raise NoPairs(f"the labels in their {PREDICTIONS} differ")
-    left, right = ([one[1].astype(np.float32) for one in side] for side in answers)
-    return Pairs(draws, left, right)
+    pairs = [[one[1].astype(np.float32) for one in side] for side in answers]
+    return Pairs(draws, pairs[0], pairs[1])
 
 
 def _right(one: Found) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

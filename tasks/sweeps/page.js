@@ -139,7 +139,7 @@ function drawChart(shown, front) {
 
 function drawAxes(x, y, area, width, height, log) {
   let last = -Infinity;
-  const marks = ticks(x.low, x.high, Math.max(3, width / 110), log).map(v => [v, x.at(v)]).sort((a, b) => a[1] - b[1]);
+  const marks = ticks(x.low, x.high, Math.max(5, width / 110), log).map(v => [v, x.at(v)]).sort((a, b) => a[1] - b[1]);
   for (const [value, at] of marks) {
     plot.append(make("line", { class: "grid", x1: at, x2: at, y1: area.top, y2: area.bottom }));
     if (at - last < 38 || at > width - 14) continue;

@@ -239,8 +239,8 @@ def confidence(ours: Group, theirs: Group, limit: float) -> Confidence:
     pairs = paired_answers(ours, theirs)
     found = paired_difference(pairs.ours, pairs.theirs, draws=pairs.times)
     probability = probability_at_least(pairs.ours, pairs.theirs, -limit / 100, draws=pairs.times)
-    points = (-100 * value for value in (found.difference, found.high, found.low))
-    return Confidence(*points, probability, [draw_text(draw) for draw in pairs.draws], pairs.images)
+    drop, low, high = (-100 * value for value in (found.difference, found.high, found.low))
+    return Confidence(drop, low, high, probability, [draw_text(draw) for draw in pairs.draws], pairs.images)
 
 
 def _surest(reference: Point, others: Sequence[Point], limit: float) -> Choice | None:
