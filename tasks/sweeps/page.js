@@ -13,7 +13,9 @@ const byId = id => document.getElementById(id);
 const [form, figure, plot, tip, chosen, body, more] = ["controls", "chart", "plot", "tip", "chosen", "body", "more"].map(byId);
 const rows = [...body.rows];
 const headers = [...byId("head").cells];
-const state = { context: 0, cost: 0, methods: new Set(), low: 0, high: 1, sort: null, down: false, all: false, point: null };
+const state = { context: 0, cost: 0, methods: new Set(), low: -Infinity, high: 1, sort: null, down: false, all: false, point: null };
+// Prompts add tokens: their rate is below 0.
+const LOW = Math.floor(100 * Math.min(0, ...points.map(p => p[RATE]))) / 100, HIGH = 1;
 let drawn = [];  // of the chart: { i, x, y }
 
 function make(name, attributes = {}, text = null) {
@@ -133,6 +135,7 @@ function drawChart(shown, front) {
   }
   list.addEventListener("keydown", move);
   list.addEventListener("focus", () => { if (!places.has(state.point)) choose(front[0]); });
+  list.addEventListener("blur", () => point_at(null));
   plot.append(list);
   label(line, area);
 }
@@ -316,8 +319,8 @@ function read() {
   const names = (given.get("method") ?? "").split(",").map(n => methods.indexOf(n)).filter(k => k >= 0);
   state.methods = new Set(names.length ? names : methods.keys());
   const [low, high] = (given.get("rate") ?? "").split(":").map(text => text.trim() === "" ? NaN : Number(text));
-  state.low = Number.isFinite(low) ? low : 0;
-  state.high = Number.isFinite(high) ? high : 1;
+  state.low = Number.isFinite(low) ? low : LOW;
+  state.high = Number.isFinite(high) ? high : HIGH;
   const sort = given.get("sort") ?? "";
   state.down = sort.startsWith("-");
   state.sort = headers.some(head => head.dataset.key === sort.replace("-", "")) ? sort.replace("-", "") : null;
@@ -333,7 +336,7 @@ function write() {
   const parts = [`cost=${costs[state.cost].key}`];
   if (state.context) parts.push(`task=${state.context}`);
   if (state.methods.size < methods.length) parts.push(`method=${[...state.methods].map(k => encodeURIComponent(methods[k])).join(",")}`);
-  if (state.low > 0 || state.high < 1) parts.push(`rate=${state.low}:${state.high}`);
+  if (state.low > LOW || state.high < HIGH) parts.push(`rate=${state.low}:${state.high}`);
   if (state.sort) parts.push(`sort=${state.down ? "-" : ""}${state.sort}`);
   try { history.replaceState(null, "", `#${parts.join("&")}`); } catch { /* some viewers forbid it; the page works on */ }
 }
@@ -361,7 +364,7 @@ function controls() {
     const context = Number(byId("task")?.value ?? 0);
     state.methods = new Set([...byId("methods").querySelectorAll("input:checked")].map(box => Number(box.value)));
     const number = (id, otherwise) => byId(id).value === "" ? otherwise : Number(byId(id).value);
-    Object.assign(state, { context, cost: Number(byId("cost").value), low: number("low", 0), high: number("high", 1) });
+    Object.assign(state, { context, cost: Number(byId("cost").value), low: number("low", LOW), high: number("high", HIGH) });
     write();
     if (state.methods.size) read();
     update();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings as python_warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,13 @@ def _chart(points: Sequence[Point], title: str) -> bytes:
     """Draw the points of the task that has most of them."""
     most = Counter(one.context for one in points).most_common(1)[0][0]
     drawn = [one for one in points if one.context == most]
-    plot = Plot([one.mean_row for one in drawn], [one.name for one in drawn], [one.group.deviation for one in drawn])
+    names, spreads = [one.name for one in drawn], [one.group.deviation for one in drawn]
     out = io.BytesIO()
-    figure(plot, title if len(drawn) == len(points) else f"Sweep of {most[0]}").savefig(out, format="png", dpi=144)
+    with python_warnings.catch_warnings():
+        python_warnings.filterwarnings("ignore", message="Glyph .* missing")  # such a letter is drawn as a box
+        plot = Plot([one.mean_row for one in drawn], names, spreads)
+        drawing = figure(plot, title if len(drawn) == len(points) else f"Sweep of {most[0]}")
+        drawing.savefig(out, format="png", dpi=144)
     return out.getvalue()
 
 

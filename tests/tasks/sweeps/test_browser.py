@@ -108,6 +108,13 @@ def test_several_tasks_and_points_without_a_speed(write: Callable[..., Path], tm
     assert seen.errors == []
 
 
+def test_a_rate_below_zero_is_shown(write: Callable[..., Path], tmp_path: Path) -> None:
+    write("a", "lora", 300)
+    write("b", "prompts", 290, -0.125)
+    seen = look(write_report(tmp_path / "sweep"), probe=f"[{COUNT}, document.getElementById('low').value]")
+    assert seen.probe == ["2 of 2 points, 1 on the front", "-0.13"] and seen.errors == []
+
+
 def test_a_row_of_the_table_is_a_button(page: Path) -> None:
     probe = "(document.querySelectorAll('#body button')[1].click(), document.querySelector('#chosen pre').textContent)"
     seen = look(page, "sort=-speed", probe=probe)

@@ -65,13 +65,15 @@ def test_a_second_call_adds_runs_and_drops_failures_that_were_mended(sweep: Path
     assert "11 finished runs in 6 points" in html and "failed" not in html.split("<script")[0]
 
 
+@pytest.mark.filterwarnings("error")
 def test_odd_names_stay_text(write: Write, tmp_path: Path) -> None:
     write("a", "</script><img src=x>$title", 300)
+    write("b", "衣類", 200, 0.1)
     write("b c'd", "x|y", 310, 0.5, speed=None, environment={})
     page = write_report(tmp_path / "sweep")
     html = page.read_text(encoding="utf-8")
     assert html.count("</script>") == 2 and "<img src=x" not in html
-    assert data_of(page)["methods"] == ["</script><img src=x>$title", "x|y"]
+    assert data_of(page)["methods"] == ["</script><img src=x>$title", "x|y", "衣類"]
     assert "'\"'\"'" in (tmp_path / "sweep" / "report.md").read_text(encoding="utf-8")
 
 
