@@ -204,7 +204,7 @@ function point_at(p) {
   tip.textContent = described(p.i).replace(": ", "\n").replaceAll(", ", "\n");
   const room = figure.clientWidth - tip.offsetWidth;
   tip.style.left = `${Math.max(0, Math.min(room, p.x + 12))}px`;
-  tip.style.top = `${p.y > tip.offsetHeight + 20 ? p.y - tip.offsetHeight - 10 : p.y + 14}px`;
+  tip.style.top = `${p.y > tip.offsetHeight + 26 ? p.y - tip.offsetHeight - 16 : p.y + 16}px`;
 }
 
 // ---- the chosen point
