@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -41,7 +42,7 @@ def record_problems(record: type, values: object) -> list[str]:
 
 def type_problems(record: type, values: Mapping[str, Any]) -> list[str]:
     """List the values that do not have the type of their field; an int is a float, a bool is not an int."""
-    hints = typing.get_type_hints(record)
+    hints = _hints(record)
     return [
         f"{name} = {value!r} should be of type {_type_name(hints[name])}"
         for name, value in values.items()
@@ -100,6 +101,11 @@ def bound_problems(record: Any, bounds: Bounds, names: Iterable[str]) -> list[st
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
+
+
+@functools.cache  # tables read thousands of records of one type
+def _hints(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record)
 
 
 def _type_name(hint: Any) -> str:

@@ -47,6 +47,43 @@ def paired_difference(
         ValueError: where the two are not of one shape, hold no image or values that are no number, or ``draws`` or
             ``level`` make no interval.
     """
+    left, right = _pairs(ours, theirs)
+    if draws < 1 or not 0 < level < 1:
+        raise ValueError(f"paired_difference: draws must be positive and level in (0, 1), got {draws} and {level}")
+    drawn = _drawn(left - right, draws)
+    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2))
+    spreads = [float(one.mean(1).std(ddof=1)) if len(left) > 1 else 0.0 for one in (left, right)]
+    return Difference(
+        float(left.mean()), float(right.mean()), float((left - right).mean()), float(low), float(high), *spreads
+    )
+
+
+def probability_at_least(
+    ours: Sequence[Right], theirs: Sequence[Right], difference: float, *, draws: int = 5000
+) -> float:
+    """Return in what share of the draws of :func:`paired_difference` ``ours - theirs`` is at least ``difference``.
+
+    >>> right, wrong = np.ones(10, np.float32), np.zeros(10, np.float32)
+    >>> probability_at_least([wrong], [right], -1.0), probability_at_least([wrong], [right], -0.5)
+    (1.0, 0.0)
+    """
+    left, right = _pairs(ours, theirs)
+    return float((_drawn(left - right, draws) >= difference - 1e-9).mean())
+
+
+def _drawn(difference: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
+    """Return the mean of ``difference`` [seeds, images] in each draw, the same ones at every call."""
+    random, (seeds, images) = np.random.default_rng(0), difference.shape
+    return np.array(
+        [
+            difference[random.integers(seeds, size=seeds)].mean(0)[random.integers(images, size=images)].mean()
+            for _ in range(draws)
+        ]
+    )
+
+
+def _pairs(ours: Sequence[Right], theirs: Sequence[Right]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return both sides as [seeds, images] after checking that they are pairs."""
     shapes = [sorted({np.shape(one) for one in side}) for side in (ours, theirs)]
     if len(ours) != len(theirs) or shapes[0] != shapes[1] or len(shapes[0]) != 1 or len(shapes[0][0]) != 1:
         counts = f"{len(ours)} and {len(theirs)} seeds of {shapes[0]} and {shapes[1]} images"
@@ -54,16 +91,4 @@ def paired_difference(
     left, right = np.stack(ours).astype(np.float64), np.stack(theirs).astype(np.float64)
     if not left.size or not np.isfinite(left).all() or not np.isfinite(right).all():
         raise ValueError("paired_difference: there is no image, or a value that is no number")
-    if draws < 1 or not 0 < level < 1:
-        raise ValueError(f"paired_difference: draws must be positive and level in (0, 1), got {draws} and {level}")
-    difference, random = left - right, np.random.default_rng(0)
-    seeds, images = difference.shape
-    drawn = [
-        difference[random.integers(seeds, size=seeds)].mean(0)[random.integers(images, size=images)].mean()
-        for _ in range(draws)
-    ]
-    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2))
-    spreads = [float(one.mean(1).std(ddof=1)) if seeds > 1 else 0.0 for one in (left, right)]
-    return Difference(
-        float(left.mean()), float(right.mean()), float(difference.mean()), float(low), float(high), *spreads
-    )
+    return left, right

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from headless_browser import find_browser
 
 # Before any library reads them: tests never reach a hub, and two xdist workers share the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,7 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests without a CUDA device."""
+    """Skip `gpu` tests without a CUDA device and `browser` tests without a browser."""
+    if find_browser() is None:
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason="no Chromium (apt install chromium-headless-shell)"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 MAPPED = {"pyra": "pyra", **SETUPTOOLS["package-dir"]}
-SUFFIXES = {".py", ".typed", ".yaml", ".parquet", ".json", ".safetensors", ".md", ".html"}
+SUFFIXES = {".py", ".typed", ".yaml", ".parquet", ".json", ".safetensors", ".md", ".html", ".css", ".js"}
 LAYERS = ("pyra.scripts", "pyra.tasks", "pyra.adapters", "pyra")  # from the top; each imports from those after it
 
 # library -> the only files (repository paths) that may import it

@@ -64,8 +64,9 @@ def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False
     collection = Collection()
     seen: set[Path] = set()
     for path in paths:
+        root = path.resolve()
         for file in _files(path, evaluations, collection.interrupted):
-            real = file.resolve()
+            real = root / file.relative_to(path)  # no link is followed below the folder
             if real not in seen:
                 seen.add(real)
                 _read(file, collection)

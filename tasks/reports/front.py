@@ -29,12 +29,21 @@ def front_indices(rows: Sequence[RunResult]) -> list[int]:
         ((row.images_per_second or 0.0) if timed else -row.macs, row.value if row.higher_is_better else -row.value)
         for row in rows
     ]
-    front = [
-        index
-        for index, (speed, value) in enumerate(points)
-        if not any(s >= speed and v >= value and (s, v) != (speed, value) for s, v in points)
-    ]
-    return sorted(front, key=lambda index: -points[index][0])
+    return front_places(points)
+
+
+def front_places(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the places of the pairs that no other pair beats, highest first number first; more of both is better.
+
+    >>> front_places([(1, 5), (2, 3), (1, 4), (2, 3), (2, 2)])
+    [1, 3, 0]
+    """
+    order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1]))
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] > points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
 
 
 def all_timed(rows: Sequence[RunResult]) -> bool:

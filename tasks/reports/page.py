@@ -30,15 +30,26 @@ def page(plot: Plot, rows: Sequence[RunResult], title: str) -> str:
         table=results_table(rows, "html"),
         devices=escape(_devices(rows)),
         plotly=get_plotlyjs(),
-        data=json.dumps(data).replace("</", "<\\/"),
+        data=script_json(data),
+        style=base_style(),
     )
+
+
+def base_style() -> str:
+    """Return the style that all pages of results share, light and dark."""
+    return Path(__file__).with_name("base.css").read_text(encoding="utf-8").rstrip()
+
+
+def script_json(data: Any) -> str:
+    """Return JSON that can stand inside a script of a page: no text in it ends the script."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 def step(plot: Plot, width: int) -> dict[str, Any]:
     """Return size and labels of the plot at one width, as high as its labels need to stay near their points."""
     for height in range(450 if width < 600 else 550, 1300, 100):
         labels = plot.labels(label_area(width, height), _FONT)
-        if len(labels) == len(plot.names) and all(label.distance < 70 for label in labels):
+        if len(labels) == len(plot.labelled) and all(label.distance < 70 for label in labels):
             break
     annotations = [
         {

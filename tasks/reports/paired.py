@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pyra.errors import ConfigError, did_you_mean
 from pyra.files import read_json
-from pyra.tasks.comparison import Difference, paired_difference
+from pyra.tasks.comparison import Difference, Right, paired_difference
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.formats import Table
 from pyra.tasks.reports.groups import Group, differences, draw_of, draw_text, shown
@@ -42,8 +42,8 @@ class Comparison:
     difference: Difference
 
 
-class _NoPairs(Exception):
-    """Why two methods cannot be compared."""
+class NoPairs(Exception):
+    """Why two methods cannot be compared image by image."""
 
 
 def compare(groups: Sequence[Group], method: str) -> tuple[list[Comparison], list[str]]:
@@ -72,7 +72,7 @@ def compare(groups: Sequence[Group], method: str) -> tuple[list[Comparison], lis
                 notes.append(
                     f"{method}, which {one.row.method} on {one.row.task} is compared with, was {PROTOCOLS['published']}"
                 )
-        except _NoPairs as error:
+        except NoPairs as error:
             notes.append(
                 f"{one.row.method} (rate {one.row.rate:.2f}) on {one.row.task} is not compared with {method}: {error}"
             )
@@ -117,14 +117,14 @@ def _reference(one: Group, references: Sequence[Group]) -> Group:
     if not same:
         on_task = [other for other in references if other.row.task == one.row.task]
         if not on_task:
-            raise _NoPairs("there is no run of it on that task")
+            raise NoPairs("there is no run of it on that task")
         wrong = [name for name in _CONTEXT if not any(_equal(one, other, name) for other in on_task)]
-        raise _NoPairs(f"its runs there have another {' and '.join(wrong or _CONTEXT[-3:])}".replace("_", " "))
+        raise NoPairs(f"its runs there have another {' and '.join(wrong or _CONTEXT[-3:])}".replace("_", " "))
     for name in ("protocol", "rate"):
         closer = [other for other in same if shown(other, name) == shown(one, name)]
         same = closer or same
     if len(same) > 1:
-        raise _NoPairs(f"{len(same)} rows of it differ in their settings: choose one with --where, or another folder")
+        raise NoPairs(f"{len(same)} rows of it differ in their settings: choose one with --where, or another folder")
     return same[0]
 
 
@@ -133,46 +133,70 @@ def _equal(one: Group, other: Group, name: str) -> bool:
 
 
 def _comparison(ours: Group, theirs: Group) -> Comparison:
+    pairs = paired_answers(ours, theirs)
+    difference = paired_difference(pairs.ours, pairs.theirs, draws=pairs.times)
+    return Comparison(ours, theirs, pairs.draws, pairs.images, difference)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which images two methods answer right, a seed an entry, on the seeds and images both have."""
+
+    draws: list[tuple[int, int]]
+    ours: list[Right]
+    theirs: list[Right]
+
+    @property
+    def images(self) -> int:
+        """Images of each seed."""
+        return len(self.ours[0])
+
+    @property
+    def times(self) -> int:
+        """Draws of a bootstrap that takes about a second at most."""
+        return min(_DRAWS, max(_FEWEST_DRAWS, _DRAWN // (self.images * len(self.draws))))
+
+
+def paired_answers(ours: Group, theirs: Group) -> Pairs:
+    """Read what two methods answered; raises :class:`NoPairs` with the reason where it cannot be paired."""
     if ours.row.metric != "accuracy":
-        raise _NoPairs(f"it takes answers that are right or wrong (accuracy), the metric is {ours.row.metric}")
+        raise NoPairs(f"it takes answers that are right or wrong (accuracy), the metric is {ours.row.metric}")
     left, right = ({draw_of(member.row): member for member in side.members} for side in (ours, theirs))
     draws = sorted(left.keys() & right.keys())
     if not draws:
-        raise _NoPairs(f"they share no seed ({_listed(left)} and {_listed(right)})")
+        raise NoPairs(f"they share no seed ({_listed(left)} and {_listed(right)})")
     answers = [[_right(side[draw]) for draw in draws] for side in (left, right)]
     labels = [one[0] for side in answers for one in side]
     if not all(np.array_equal(labels[0], one) for one in labels[1:]):
-        raise _NoPairs(f"the labels in their {PREDICTIONS} differ")
-    images = len(labels[0])
-    times = min(_DRAWS, max(_FEWEST_DRAWS, _DRAWN // (images * len(draws))))
+        raise NoPairs(f"the labels in their {PREDICTIONS} differ")
     pairs = [[one[1].astype(np.float32) for one in side] for side in answers]
-    return Comparison(ours, theirs, draws, images, paired_difference(pairs[0], pairs[1], draws=times))
+    return Pairs(draws, pairs[0], pairs[1])
 
 
 def _right(one: Found) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return labels, and which of them a run answered right; :class:`_NoPairs` where its file does not say."""
+    """Return labels, and which of them a run answered right; :class:`NoPairs` where its file does not say."""
     file, row = one.file.with_name(PREDICTIONS), one.row
     if one.file.name != RESULT_FILE:
-        raise _NoPairs(f"{one.file} is an evaluation, which stores no answers")
+        raise NoPairs(f"{one.file} is an evaluation, which stores no answers")
     try:
         stored = read_json(file)
     except FileNotFoundError:
-        raise _NoPairs(f"{file} is not there") from None
+        raise NoPairs(f"{file} is not there") from None
     except (OSError, ValueError) as error:
-        raise _NoPairs(f"{file} cannot be read ({' '.join(str(error).split())[:100]})") from None
+        raise NoPairs(f"{file} cannot be read ({' '.join(str(error).split())[:100]})") from None
     if not isinstance(stored, dict):
-        raise _NoPairs(f"{file} holds no labels and predictions")
+        raise NoPairs(f"{file} holds no labels and predictions")
     lists = [stored.get(name) for name in ("labels", "predictions")]
     if not all(isinstance(values, list) and all(_is_class(value) for value in values) for values in lists):
-        raise _NoPairs(f"labels or predictions in {file} are no class indices")
+        raise NoPairs(f"labels or predictions in {file} are no class indices")
     labels, predictions = (np.array(values, dtype=np.int64) for values in lists)
     if len(labels) != len(predictions) or not len(labels):
-        raise _NoPairs(f"{file} holds {len(labels)} labels and {len(predictions)} predictions")
+        raise NoPairs(f"{file} holds {len(labels)} labels and {len(predictions)} predictions")
     if stored.get("split") != row.split or stored.get("sha256") is None or stored["sha256"] != row.test_sha256:
-        raise _NoPairs(f"{file} is not of the images that {one.file.name} beside it was scored on")
+        raise NoPairs(f"{file} is not of the images that {one.file.name} beside it was scored on")
     right = labels == predictions
     if abs(float(right.mean()) - row.value) > 1e-6:
-        raise _NoPairs(f"{file} gives {right.mean():.4f}, {one.file.name} beside it says {row.value:.4f}")
+        raise NoPairs(f"{file} gives {right.mean():.4f}, {one.file.name} beside it says {row.value:.4f}")
     return labels, right
 
 

@@ -19,6 +19,7 @@ def figure(plot: Plot, title: str) -> Figure:
     """Draw 960 x 600 pixels at 72 dots an inch, so that points (of fonts and lines) are pixels."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     drawing = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, facecolor="white")
     drawing.text(_AREA[0] / _WIDTH, 1 - 34 / _HEIGHT, title, size=19, weight="bold", color=_INK, parse_math=False)
@@ -29,15 +30,19 @@ def figure(plot: Plot, title: str) -> Figure:
     axes.set_xlabel(plot.x_title, size=14, color=_SOFT)
     axes.set_ylabel(plot.y_title, size=14, color=_SOFT)
     axes.plot(*plot.line, color=FRONT, linewidth=2, zorder=2)
+    for x, y, spread in zip(plot.xs, plot.ys, plot.spreads, strict=True):
+        if spread is not None:
+            axes.plot([x, x], [y - spread, y + spread], color=_GREY, linewidth=1.2, zorder=2.5)
     areas = [diameter**2 for diameter in plot.diameters]
     dots = axes.scatter(
         plot.xs, plot.ys, areas, plot.macs, cmap=LinearSegmentedColormap.from_list("macs", COLOURS),
-        vmin=0, vmax=plot.most_macs, edgecolors=plot.edges, linewidths=1.6, zorder=3,
+        vmin=0, vmax=plot.most_macs, edgecolors=plot.edges, linewidths=plot.edge_widths, zorder=3,
     )  # fmt: skip
+    halo = [withStroke(linewidth=3, foreground="white")]
     for label in plot.labels(_AREA, 14):
         axes.annotate(
             label.text, (label.x, label.y), (label.offset[0], -label.offset[1]), textcoords="offset points",
-            size=14, ha="center", va="center", color=_INK, parse_math=False,
+            size=14, ha="center", va="center", color=_INK, parse_math=False, path_effects=halo,
             arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.8} if label.led else None,
         )  # fmt: skip
     bar = drawing.colorbar(dots, cax=drawing.add_axes(_share(_BAR)))

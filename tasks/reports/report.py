@@ -59,15 +59,15 @@ def report(
         if value not in allowed:
             raise ConfigError(f"--{name} {value!r}{did_you_mean(value, allowed)}: one of {', '.join(allowed)}")
     across = None if by is None else dimensions(by)
-    wanted = _filters(where)
+    wanted = filters(where)
     collection = collect(folders, evaluations)
-    skipped = _skipped(collection) + _interrupted(collection)
+    skipped = skipped_note(collection) + _interrupted(collection)
     if not collection.found:
         more = f" ({'; '.join(skipped)})" if skipped else ""
         raise DataError(
             f"no result below {', '.join(map(str, folders))}{more}: make one with `pyra train --output runs/a`"
         )
-    found = _filtered(collection.found, wanted)
+    found = filtered(collection.found, wanted)
     groups, notes = group(found, by_seed=across is not None and "seed" in across)
     groups = ordered([*majority_groups(groups), *groups], sort)
     tables, extra = [], {}
@@ -139,7 +139,8 @@ def _csv(data: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _filters(where: Sequence[str]) -> dict[str, set[str]]:
+def filters(where: Sequence[str]) -> dict[str, set[str]]:
+    """Read ``name=value`` texts with names of :data:`FILTERS`; raises :class:`ConfigError` for others."""
     wanted: dict[str, set[str]] = {}
     problems = []
     for text in where:
@@ -156,7 +157,9 @@ def _filters(where: Sequence[str]) -> dict[str, set[str]]:
     return wanted
 
 
-def _filtered(found: Sequence[Found], wanted: dict[str, set[str]]) -> list[Found]:
+def filtered(found: Sequence[Found], wanted: dict[str, set[str]]) -> list[Found]:
+    """Return the runs that have the wanted values; raises :class:`ConfigError` for a value that no run has."""
+
     def value(one: Found, name: str) -> str:
         return f"{one.row.rate:.2f}" if name == "rate" else str(getattr(one.row, name))
 
@@ -180,7 +183,8 @@ def _interrupted(collection: Collection) -> list[str]:
     return [f"interrupted, and no row: {listed}{more}; the same training with --resume goes on"]
 
 
-def _skipped(collection: Collection) -> list[str]:
+def skipped_note(collection: Collection) -> list[str]:
+    """Return the line that names files which hold no result, if there are any."""
     if not collection.skipped:
         return []
     listed = "; ".join(f"{file} ({reason})" for file, reason in collection.skipped[:_NAMED])

@@ -114,6 +114,13 @@ def test_evaluations_join_where_asked_for(runs: Path, capsys: pytest.CaptureFixt
     assert "validation" in capsys.readouterr().out
 
 
+def test_the_page_of_a_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", str(runs), "--page"]) == 0
+    assert capsys.readouterr().out == f"written to {runs / 'report.html'}\n"
+    text = (runs / "report.html").read_text(encoding="utf-8")
+    assert "7 finished runs in 3 points" in text and "published (chosen on the test split)" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -128,6 +135,10 @@ def test_evaluations_join_where_asked_for(runs: Path, capsys: pytest.CaptureFixt
         (["{}", "--where", "rate=high"], ["a rate is a number"]),
         (["{}", "--formt", "csv"], ["unknown flag '--formt' (did you mean '--format'"]),
         (["{}", "--output", "{}"], ["{} is a folder"]),
+        (["{}", "{}", "--page"], ["--page takes one folder, got 2"]),
+        (["{}", "--page", "--sort", "value"], ["--sort does not go with --page"]),
+        (["{}", "--pictures"], ["--pictures goes with --page"]),
+        (["{}/empty", "--page"], ["no finished run below"]),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pyra.tasks.reports import pareto_plot
-from pyra.tasks.reports.layout import COLOURS, FRONT, Plot
+from pyra.tasks.reports.layout import COLOURS, FRONT, MANY, Plot
 
 
 class Page(HTMLParser):
@@ -122,3 +122,12 @@ def test_drawing_leaves_pyplot_alone(rows, tmp_path):
     before = "matplotlib.pyplot" in sys.modules
     pareto_plot(rows, tmp_path / "a.png", tmp_path / "a.html")
     assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_of_many_rows_some_of_the_front_are_named_and_the_rest_is_small(make, tmp_path):
+    few = Plot([make(f"m{k}", 0.5 - k / 100, 100 + k) for k in range(MANY)], spreads=[0.01] * MANY)
+    many = Plot([make(f"m{k}", 0.5 - k / 1000, 100 + k) for k in range(500)], spreads=[0.01] * 500)
+    assert len(few.labelled) == MANY and few.spreads == pytest.approx([1.0] * MANY)
+    assert len(many.labelled) == 10 and many.labelled[0] == 499 and many.labelled[-1] == 0
+    assert many.spreads == [None] * 500 and many.diameters[0] < few.diameters[0] / 2
+    assert few.y_range[1] > 51 and len(many.labels((62, 70, 852, 544), 14)) == 10

@@ -1,0 +1,64 @@
+"""``pyra recommend``: the fastest point of a folder of runs that loses little."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pyra.errors import ConfigError
+from pyra.records import option
+from pyra.scripts.cli import parse
+
+
+@dataclass(kw_only=True)
+class RecommendOptions:
+    """Options of ``pyra recommend``."""
+
+    folder: str = option("", "folder with runs, at any depth", metavar="FOLDER")
+    max_drop: float = option(1.0, "percentage points of accuracy that may be lost", metavar="POINTS")
+    by: str = option("speed", "what is to be best: measured speed, or MACs", choices=("speed", "macs"))
+    where: list[str] = field(
+        default_factory=list,
+        metadata={"help": "these runs only: task=demo,method=lora,method=pyra (or rate, backbone, protocol, ...)"},
+    )
+    json: bool = option(False, "print JSON")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, choose, print; 1 where nothing qualifies."""
+    options = parse(
+        RecommendOptions,
+        argv,
+        prog="pyra recommend",
+        description=(
+            "Name the fastest point of a folder of runs whose accuracy is within a few points of the best\n"
+            "uncompressed method, and say how sure that is. The exit status is 1 where nothing qualifies."
+        ),
+        example="pyra recommend sweep/ --max-drop 1.0\n  pyra recommend runs/ --max-drop 0.5 --by macs --json",
+        positional="folder",
+    )
+    if not options.folder:
+        raise ConfigError("FOLDER is missing: give a folder with runs (see 'pyra recommend --help')")
+    from pyra.tasks.reports.formats import clean, plain
+    from pyra.tasks.sweeps.commands import commands
+    from pyra.tasks.sweeps.recommend import recommend_from, recommendation_table, record, verdict
+
+    found = recommend_from(options.folder, options.max_drop, options.by, options.where)
+    if options.json:
+        print(json.dumps(record(found), indent=2, ensure_ascii=False, allow_nan=False))
+        return 0 if found.chosen else 1
+    print(plain(recommendation_table(found)))
+    print(f"\n{clean(verdict(found))} (by {found.by})")
+    for note in found.notes:
+        print(f"- {clean(note)}")
+    if found.chosen is not None:
+        at = found.chosen.point
+        print("\nto use it (the first of its seeds):")
+        for one in commands(at.row, at.run):
+            if one.language == "sh":
+                print(f"  {one.text}")
+        load = f"model, options, labels = load_run({str(at.run)!r})"
+        if at.row.unit == "images":
+            print(f"  in Python: from pyra.tasks.runs import load_run; {load}")
+    return 0 if found.chosen else 1
