@@ -16,6 +16,7 @@ VERBS = {
     "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
     "evaluate": ("pyra.scripts.evaluate", "score and time a saved run"),
     "results": ("pyra.scripts.results", "show all runs below folders in one table"),
+    "schedule": ("pyra.scripts.schedule", "find a schedule for a latency, by calibration or by search"),
     "visualize": ("pyra.scripts.visualize", "picture what merged in an image, layer by layer"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
     "demo": ("pyra.scripts.demo", "four adaptations of a small backbone, measured and plotted"),
