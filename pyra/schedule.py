@@ -44,6 +44,8 @@ _PUBLISHED = {
 _LEVELS = ("low", "high")
 _PUBLISHED_PATCHES = 196  # 224 px in patches of 16
 
+MAX_PRESSURE = 3.0  # of :func:`schedule_at`
+
 _STEPS = 50  # bisection steps: far below one token, and below what _STAGGER sets apart
 _MAX_BEND = 6.0
 _STAGGER = 1e-6
@@ -201,7 +203,7 @@ def _solved(geometry: Geometry, target: float, plain: int) -> tuple[int, ...]:
     if target >= plain:
         return (0,) * geometry.depth
 
-    smallest = geometry_macs(geometry, _schedule(geometry, 3.0))
+    smallest = geometry_macs(geometry, schedule_at(geometry, MAX_PRESSURE))
     if smallest > target:
         most = math.floor(1000 * (1 - smallest / plain)) / 1000  # rounded down: the rate it names can be had
         why = ""
@@ -210,19 +212,27 @@ def _solved(geometry: Geometry, target: float, plain: int) -> tuple[int, ...]:
         raise ScheduleError(
             f"merging can save at most {most:.3f} of this model's MACs{why}, asked for {1 - target / plain:.3f}"
         )
-    low, high = 0.0, 3.0
+    low, high = 0.0, MAX_PRESSURE
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        enough = geometry_macs(geometry, _schedule(geometry, middle)) <= target
+        enough = geometry_macs(geometry, schedule_at(geometry, middle)) <= target
         low, high = (low, middle) if enough else (middle, high)
-    return tuple(_schedule(geometry, high))
+    return tuple(schedule_at(geometry, high))
 
 
-def _schedule(geometry: Geometry, pressure: float) -> list[int]:
-    """Whole-token schedule of a pressure in [0, 3]; more pressure leaves no block more tokens.
+def schedule_at(geometry: Geometry, pressure: float) -> list[int]:
+    """Return the whole-token schedule of a pressure in [0, 3]; more pressure leaves no block more tokens.
 
-    0 to 1: equal steps, from none to those that leave two patch tokens at the end. 1 to 2: the steps bend. 2 to 3: the
-    last two patch tokens go as well, up to halving in every block.
+    All schedules that are solved for a rate are of this family, whatever else is solved for takes it, too.
+
+    Args:
+        geometry: sizes of the backbone.
+        pressure: 0 to 1: equal steps, from none to those that leave two patch tokens at the end. 1 to 2: the steps
+            bend. 2 to 3: the last two patch tokens go as well, up to halving in every block.
+
+    Example:
+        >>> schedule_at(Geometry(6, 65, 1, 384, 384, 2 * 384 * 1536, 64), 0.5)
+        [5, 5, 6, 5, 5, 5]
     """
     free = geometry.tokens - geometry.prefix_tokens
     if not removable(geometry.tokens, geometry.prefix_tokens):
@@ -258,10 +268,12 @@ def _end(free: int, depth: int, bend: float, scale: float) -> float:
 
 
 __all__ = [
+    "MAX_PRESSURE",
     "PRESETS",
     "check_schedule",
     "preset_for",
     "preset_schedule",
+    "schedule_at",
     "schedule_problems",
     "solve_schedule",
     "token_counts",

@@ -19,6 +19,7 @@ VERBS = {
     "sweep": ("pyra.scripts.sweep", "train a grid of methods and rates, here or on a cluster, and report"),
     "results": ("pyra.scripts.results", "show all runs below folders in one table"),
     "recommend": ("pyra.scripts.recommend", "name the fastest of many runs that loses little, and how sure that is"),
+    "schedule": ("pyra.scripts.schedule", "find a schedule for a latency, by calibration or by search"),
     "visualize": ("pyra.scripts.visualize", "picture what merged in an image, layer by layer"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
     "demo": ("pyra.scripts.demo", "four adaptations of a small backbone, measured and plotted"),

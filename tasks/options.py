@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
+from pyra.tasks.schedules.record import parse_schedule
 
 if TYPE_CHECKING:
     from pyra.config import PyraConfig
@@ -55,8 +56,8 @@ class RunOptions:
     rate: float | str | None = option(
         None, "share of the MACs to save by merging tokens, in [0, 1); with --elastic a range such as 0.3:0.8"
     )
-    schedule: list[int] | None = option(  # noqa: RUF009 - a dataclass field
-        None, "tokens removed in each block, instead of --rate: 16,16,16,..."
+    schedule: list[int] | str | None = option(  # noqa: RUF009 - a dataclass field
+        None, "tokens removed in each block, instead of --rate: 16,16,16,... or a JSON file of pyra schedule"
     )
     elastic: bool = option(False, "train one adapter for every rate of the range")
     scaled_gates: bool = option(False, "divide the sum that gates the channels by the root of its pairs (pyra)")
@@ -101,6 +102,8 @@ class RunOptions:
             self.track = tuple(self.track)
         if isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool):
             self.rate = str(self.rate)
+        if isinstance(self.schedule, str):  # a run keeps the list: the file may change
+            self.schedule = parse_schedule(self.schedule)
         problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
@@ -157,7 +160,7 @@ class RunOptions:
         return PyraConfig(
             rate=rates[-1] if rates else None,
             rate_range=rates if self.elastic else None,
-            schedule=self.schedule,
+            schedule=parse_schedule(self.schedule) if isinstance(self.schedule, str) else self.schedule,
             reactivation=self.method == "pyra",
             scaled_gates=self.scaled_gates,
         )

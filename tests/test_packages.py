@@ -37,6 +37,7 @@ ALLOWED = {
     "evaluate": ("tasks/*",),
     "accelerate": ("tasks/*",),
     "lm_eval": ("tasks/language/harness.py",),
+    "optuna": ("tasks/schedules/search.py",),
     "matplotlib": ("tasks/reports/*",),
     "plotly": ("tasks/reports/*",),
     "onnx": ("pyra/export/*",),

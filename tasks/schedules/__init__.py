@@ -1,0 +1,1 @@
+"""Schedules by measurement: for a latency, by what merging disturbs, or by search."""
