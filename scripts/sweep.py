@@ -76,11 +76,13 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
     from pyra.tasks.sweeps.display import Display, duration
     from pyra.tasks.sweeps.drive import sweep
     from pyra.tasks.sweeps.folder import RUNS, failures
+    from pyra.tasks.sweeps.report import write_report
 
     progress = sweep(options, Display(runs))
     folder = Path(options.output).expanduser()
     if progress.kept or progress.finished:
         print(report([str(folder / RUNS)], evaluations=options.elastic).text)
+        print(f"the front as a page: {write_report(folder)}")
     for failure in failures(folder):
         print(f"failed: {failure['run']}: {failure['error']}", file=sys.stderr)
     if progress.cut:

@@ -175,18 +175,19 @@ def make_schedule(options: ScheduleOptions) -> Made:
     side, sizes, config = preprocessing(model).image_size, geometry(model), _config(options, model)
     notes: list[str] = []
     calibration = _calibration(options, model, config) if options.calibrate is not None else None
-    timed, searched, costs = None, None, None
+    timed, searched = None, None
+    costs: Costs
     if options.rate is not None:
-        costs = CountedCosts(sizes)
-        schedule = _rate_solver(options.rate, calibration)(costs)
+        costs = counted = CountedCosts(sizes)
+        schedule = _rate_solver(options.rate, calibration)(counted)
         budget = geometry_macs(sizes) * (1 - options.rate)
     else:
         from pyra.tasks.schedules.latency import LatencyTarget
 
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(options.batch_size, 3, side, side, generator=generator).to(device, DTYPES[options.dtype])
-        costs = measure_costs(model, images, config, rounds=options.rounds)
-        timed = _timed(options, model, images, LatencyTarget(**options.target()), config, calibration, costs)
+        costs = measured = measure_costs(model, images, config, rounds=options.rounds)
+        timed = _timed(options, model, images, LatencyTarget(**options.target()), config, calibration, measured)
         schedule, budget = timed.schedule, timed.chosen.predicted
     if options.search:
         searched, origin = _searched(options, model, config, costs, budget, schedule, output)
@@ -370,7 +371,7 @@ def _layers(schedule: list[int], costs: Costs, calibration: Calibration | None) 
     counts = token_counts(costs.geometry, schedule)
     rows: list[dict[str, float]] = []
     for layer, removed in enumerate(schedule):
-        row = {"layer": layer, "tokens": counts[layer], "removed": removed}
+        row: dict[str, float] = {"layer": layer, "tokens": counts[layer], "removed": removed}
         row["cost"] = float(costs.of_layer(layer, counts[layer])[removed])
         if calibration is not None:
             row["drift"] = float(calibration.of_layer(layer, counts[layer])[removed]) ** (1 / POWER)

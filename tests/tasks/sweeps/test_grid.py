@@ -86,7 +86,7 @@ def test_an_address_is_of_what_a_run_does(tmp_path: Path) -> None:
         ({"rate": "0.5", "budget": "soon"}, "--budget must be a duration"),
         ({"rate": "0.5", "budget": "0h"}, "--budget must be a duration"),
         ({"rate": "0.5", "address": "auto"}, "goes with --executor ray"),
-        ({"rate": "0.5", "grid": "batch_size=0"}, "batch-size must be a positive number"),
+        ({"rate": "0.5", "grid": "batch_size=0"}, "batch-size must be above 0"),
     ],
 )
 def test_wrong_grids(options: dict[str, object], said: str) -> None:
