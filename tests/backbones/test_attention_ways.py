@@ -103,7 +103,7 @@ def test_flex_has_no_dropout() -> None:
 
 
 def test_configurations() -> None:
-    with pytest.raises(ConfigError, match="attention must be one of auto, mask, augmented, flex, got 'flash'"):
+    with pytest.raises(ConfigError, match="attention must be one of auto, mask, fused, augmented, flex, got 'flash'"):
         PyraConfig(rate=0.5, attention="flash")
     with pytest.raises(ConfigError, match="carries the sizes that proportional_attention=False leaves out"):
         PyraConfig(rate=0.5, attention="flex", proportional_attention=False)

@@ -340,7 +340,7 @@ def test_images_that_are_none(
         ([f"{photo},none.jpg"], "none.jpg: no such image"),
         (["text.jpg"], "text.jpg cannot be read as an image: not an image in a known format"),
         (["cut.png"], "cut.png cannot be read as an image"),
-        (["."], "cannot be read as an image: Is a directory"),
+        (["."], "cannot be read as an image: not a regular file"),
         ([","], "give the image"),
         ([], "give the image as IMAGE or with --image"),
         ([photo, "other.jpg"], "unexpected argument 'other.jpg'"),
