@@ -80,10 +80,10 @@ def test_every_test_image_is_answered_once(runs: dict[int, tuple[Path, str]]) ->
     assert read(two, "result.json")["value"] == read(one, "result.json")["value"]
 
 
-def test_one_table_and_one_line_an_epoch(runs: dict[int, tuple[Path, str]]) -> None:
+def test_one_table_and_one_line_at_the_end(runs: dict[int, tuple[Path, str]]) -> None:
     for _, said in runs.values():
         assert said.count("saved to") == 1
-        assert said.count("training: step 4 of 16") == said.count("training: step 16 of 16") == 1
+        assert said.count("training: step 16 of 16") == 1
         assert "Warning" not in said
 
 
