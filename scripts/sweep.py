@@ -75,7 +75,8 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
     from pyra.tasks.reports.report import report
     from pyra.tasks.sweeps.display import Display, duration
     from pyra.tasks.sweeps.drive import sweep
-    from pyra.tasks.sweeps.folder import RUNS, failures
+    from pyra.tasks.sweeps.failures import read_failures
+    from pyra.tasks.sweeps.folder import RUNS
     from pyra.tasks.sweeps.report import write_report
 
     progress = sweep(options, Display(runs))
@@ -83,8 +84,8 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
     if progress.kept or progress.finished:
         print(report([str(folder / RUNS)], evaluations=options.elastic).text)
         print(f"the front as a page: {write_report(folder)}")
-    for failure in failures(folder):
-        print(f"failed: {failure['run']}: {failure['error']}", file=sys.stderr)
+    for failure in read_failures(folder):
+        print(f"failed: {failure.run}: {failure.error}", file=sys.stderr)
     if progress.cut:
         took = duration(progress.took)
         print(f"the budget is used up after {took}: {progress.left} runs are left; the same line goes on")

@@ -84,8 +84,7 @@ def train(options: RunOptions, plan: Plan | None = None) -> RunResult:
     device = ready(options)
     refuse_output_in_data(options)
     shelf = plan.shelf if plan.shelf is not None and plan.training is None else Shelf()
-    task = shelf.get(("task", *data_options(options)), lambda: task_for(options))
-    warn_of_shared(options, task)
+    task = shelf.get(("task", *data_options(options)), functools.partial(_looked_through, options))
     if options.resume:
         earlier = processes.on_main(lambda: finished(options, task))
         if earlier is not None:
@@ -142,6 +141,12 @@ def refuse_output_in_data(options: Placed) -> None:
             raise OutputError(f"--output {options.output} lies inside {flag} {given}: choose a folder outside")
         if place.is_relative_to(output):
             raise OutputError(f"{flag} {given} is --output {options.output} or inside it: choose another --output")
+
+
+def _looked_through(options: RunOptions) -> Task:
+    task = task_for(options)
+    warn_of_shared(options, task)
+    return task
 
 
 def warn_of_shared(options: RunOptions, task: Task) -> None:

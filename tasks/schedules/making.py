@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyra.errors import ConfigError, OutputError
-from pyra.records import option
+from pyra.records import ABOVE_0, BELOW_1, SEED, bound_problems, option
 from pyra.tasks.options import DEVICES, RunOptions
 from pyra.tasks.schedules.record import ScheduleRecord
 
@@ -71,8 +71,6 @@ class ScheduleOptions:
                 problems.append(str(error))
         if self.speedup is not None and not 1 <= self.speedup < 1e6:
             problems.append(f"--speedup must be a number of at least 1, got {self.speedup}")
-        if self.rate is not None and not 0 <= self.rate < 1:
-            problems.append(f"--rate must be in [0, 1), got {self.rate}")
         if self.calibrate is not None and self.search:
             problems.append("give --calibrate or --search, not both")
         if self.task is not None and self.data is not None:
@@ -88,12 +86,8 @@ class ScheduleOptions:
                 problems.append(f"a run has its own backbone and data: leave {', '.join(given)} out")
         if self.method == "pyra" and self.matching == "prune":
             problems.append("--matching prune drops tokens, which --method pyra cannot re-activate: give --method tome")
-        for name in ("images", "trials", "batch_size", "rounds", "image_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e6:
-                problems.append(f"--{name.replace('_', '-')} must be a positive number, got {value}")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"--seed must be in [0, 2**32), got {self.seed}")
+        problems += bound_problems(self, ABOVE_0, ("images", "trials", "batch_size", "rounds", "image_size", "limit"))
+        problems += bound_problems(self, BELOW_1, ["rate"]) + bound_problems(self, SEED, ["seed"])
         if re.fullmatch(DEVICES, self.device) is None:
             problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
         if Path(self.output).suffix.lower() != ".json":

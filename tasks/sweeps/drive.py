@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pyra.tasks.output import claimed_output, held
-from pyra.tasks.runs import resolve_device, task_for
-from pyra.tasks.sweeps.folder import (
-    FAILURES,
-    JOBS,
-    RUNS,
-    forget_failure,
-    note_failure,
-    run_folder,
-    state,
-    write_options,
-)
+from pyra.tasks.runs import resolve_device, stored_options, task_for
+from pyra.tasks.sweeps.failures import FAILURES, HALVED, failure_file, forget_failure, kind_of_failure, note_failure
+from pyra.tasks.sweeps.folder import JOBS, RUNS, discard_unfinished, run_folder, state, write_options
 from pyra.tasks.sweeps.grid import Planned, SweepOptions
 from pyra.tasks.sweeps.work import Outcome, Work
 from pyra.tasks.training import refuse_output_in_data
@@ -142,9 +134,11 @@ def executor_for(options: SweepOptions, folder: Path) -> Executor:
 
 
 def work_of(folder: Path, planned: Planned) -> Work:
-    """Return a run as workers take it."""
+    """Return a run as workers take it; one that ran out of memory before goes on with half the batch."""
     options = dataclasses.asdict(planned.options) | {"output": str(run_folder(folder, planned).resolve())}
-    return Work(planned.name, options, planned.rates)
+    work = Work(planned.name, options, planned.rates)
+    halved = kind_of_failure(failure_file(folder, planned.name)) == HALVED
+    return (work.with_half_the_batch() if halved else None) or work
 
 
 def _drive(
@@ -170,15 +164,17 @@ def _drive(
         for work, outcome in executor.wait(_PATIENCE):
             progress.running.remove(work.name)
             planned = by_name[work.name]
+            stored = stored_options(planned.options)
             smaller = work.with_half_the_batch() if outcome.kind == "memory" else None
             if smaller is not None:
+                discard_unfinished(folder, planned)
                 queue.appendleft(smaller)
-                note_failure(folder, planned, "memory", f"{outcome.error}; tried again with half the batch")
+                note_failure(folder, work.name, HALVED, f"{outcome.error}; it goes on with half the batch", stored)
             elif outcome.kind == "finished":
-                forget_failure(folder, planned)
+                forget_failure(folder, work.name)
                 progress.finished[work.name] = outcome
             else:
-                note_failure(folder, planned, outcome.kind, outcome.error)
+                note_failure(folder, work.name, outcome.kind, outcome.error, stored)
                 progress.failed[work.name] = outcome.error
         progress.took = time.monotonic() - started
         tell(progress)

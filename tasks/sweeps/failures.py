@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pyra.files import read_json
+from pyra.files import read_json, write_json
 from pyra.tasks.results import RESULT_FILE
 
 FAILURES = "failures"
+HALVED = "halved"
+"""Kind of a failure for memory that is not the end of its run, which goes on with half the batch, whatever comes."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,34 @@ class Failure:
     options: str
     error: str
     when: str
+
+
+def failure_file(folder: Path, name: str) -> Path:
+    """Return the file that says why a run failed."""
+    return folder / FAILURES / f"{name}.json"
+
+
+def note_failure(folder: Path, name: str, kind: str, error: str, options: Mapping[str, Any]) -> None:
+    """Write down why a run failed, in one line."""
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"run": name, "kind": kind, "error": error, "when": when, "options": options}
+    write_json(failure_file(folder, name), record)
+
+
+def forget_failure(folder: Path, name: str) -> None:
+    """Remove what was written down of a run that has finished since."""
+    failure_file(folder, name).unlink(missing_ok=True)
+
+
+def kind_of_failure(file: Path) -> str | None:
+    """Return how a run failed, or None where none did; of a damaged file nothing is known but that one did."""
+    try:
+        stored = read_json(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        stored = None
+    return str(stored.get("kind")) if isinstance(stored, dict) else "unknown"
 
 
 def read_failures(folder: Path) -> list[Failure]:

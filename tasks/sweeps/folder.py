@@ -11,18 +11,17 @@ report.html, front.png, report.md
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import shutil
 from pathlib import Path
-from typing import Any
 
-from pyra.errors import DataError
-from pyra.files import read_json, write_json
+from pyra.files import write_json
 from pyra.tasks.evaluation import evaluation_file
+from pyra.tasks.output import unfinished
 from pyra.tasks.results import RESULT_FILE
-from pyra.tasks.runs import stored_options
+from pyra.tasks.sweeps.failures import HALVED, failure_file, kind_of_failure
 from pyra.tasks.sweeps.grid import Planned, SweepOptions
 
-SWEEP, RUNS, FAILURES, JOBS = "sweep.json", "runs", "failures", "jobs"
+SWEEP, RUNS, JOBS = "sweep.json", "runs", "jobs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,46 +51,17 @@ def state(folder: Path, runs: list[Planned], retry: bool = False) -> State:
     for planned in runs:
         if is_finished(folder, planned):
             found.finished.append(planned)
-        elif not retry and failure_file(folder, planned).is_file():
+        elif not retry and kind_of_failure(failure_file(folder, planned.name)) not in (None, HALVED):
             found.failed.append(planned)
         else:
             found.waiting.append(planned)
     return found
 
 
-def failure_file(folder: Path, planned: Planned) -> Path:
-    """Return the file that says why a run failed."""
-    return folder / FAILURES / f"{planned.name}.json"
-
-
-def note_failure(folder: Path, planned: Planned, kind: str, error: str) -> None:
-    """Write down why a run failed, in one line."""
-    file = failure_file(folder, planned)
-    file.parent.mkdir(exist_ok=True)
-    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    options = stored_options(planned.options)
-    write_json(file, {"run": planned.name, "kind": kind, "error": error, "when": when, "options": options})
-
-
-def forget_failure(folder: Path, planned: Planned) -> None:
-    """Remove what was written down of a run that has finished since."""
-    failure_file(folder, planned).unlink(missing_ok=True)
-
-
-def failures(folder: Path) -> list[dict[str, Any]]:
-    """Return what is written down of the runs that failed, by name.
-
-    Raises:
-        DataError: for a damaged file.
-    """
-    found = []
-    for file in sorted((folder / FAILURES).glob("*.json")):
-        try:
-            record = read_json(file)
-            found.append({"run": str(record["run"]), "error": str(record["error"]), **record})
-        except (OSError, ValueError, KeyError, TypeError):
-            raise DataError(f"{file} is damaged: remove it, and the run is tried again") from None
-    return found
+def discard_unfinished(folder: Path, planned: Planned) -> None:
+    """Remove what was trained of a run that is to begin anew with other options."""
+    for entry in unfinished(run_folder(folder, planned), "run"):
+        shutil.rmtree(entry)
 
 
 def write_options(folder: Path, options: SweepOptions) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -43,7 +43,7 @@ class SweepOptions(RunOptions):
     budget: str | None = option(None, "stop after so long, such as 2h or 90m; the same line later goes on")
     output: str = option("sweeps/latest", "folder of the sweep; what is finished there is kept")
     overwrite: bool = option(False, "remove the sweep in --output and start again")
-    resume: bool = option(True, "a sweep always goes on with what is there")
+    resume: bool = field(default=True, init=False)  # a sweep always goes on with what is there
 
     def __post_init__(self) -> None:
         """Check all options together; raises :class:`ConfigError` with every problem."""
@@ -224,13 +224,3 @@ def _once(flag: str, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{flag} holds {', '.join(twice)} twice: its parts overlap")
-
-
-def listed(runs: list[Planned]) -> list[list[Any]]:
-    """Return rows of a table: what the runs differ in, without their seeds, and how many there are of each."""
-    counted: dict[str, int] = {}
-    for planned in runs:
-        rate = planned.options.rate
-        key = f"{planned.options.label}\t{'-' if rate is None else rate}"
-        counted[key] = counted.get(key, 0) + 1
-    return [[*key.split("\t"), number] for key, number in counted.items()]

@@ -18,7 +18,9 @@ from pyra.files import read_json, write_json
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.sweeps import drive
 from pyra.tasks.sweeps.drive import Progress, sweep
-from pyra.tasks.sweeps.folder import FAILURES, RUNS, failures
+from pyra.tasks.sweeps.failures import FAILURES, read_failures
+from pyra.tasks.sweeps.failures import HALVED as HALVED_KIND
+from pyra.tasks.sweeps.folder import RUNS
 from pyra.tasks.sweeps.grid import SweepOptions
 from pyra.tasks.sweeps.local import LocalExecutor, killed
 from pyra.tasks.sweeps.work import HALVED, Outcome, Work, perform
@@ -44,7 +46,7 @@ class Pretended:
             if work.name.startswith(start) and outcomes:
                 return [(work, outcomes.pop(0))]
         folder = Path(work.options["output"])
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         result = RunResult(task="demo", method=work.options["method"], metric="accuracy", value=0.5, macs=1,
                            schedule=[0], rate=0.0, trained_parameters=1, seed=work.options["seed"])  # fmt: skip
         write_json(folder / RESULT_FILE, result)
@@ -61,6 +63,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
         return executor
 
     return use
+
+
+def stored_failure(folder: Path) -> dict[str, Any]:
+    (file,) = (folder / FAILURES).iterdir()
+    found: dict[str, Any] = read_json(file)
+    return found
 
 
 def options(folder: Path, **more: Any) -> SweepOptions:
@@ -85,16 +93,23 @@ def test_a_run_that_fails_is_written_down_and_tried_again_when_asked(tmp_path: P
     pretend(Pretended({"pyra-0.3": [wrong]}))
     progress = sweep(options(tmp_path))
     assert len(progress.finished) == 2 and list(progress.failed.values()) == ["no such weights"]
-    (record,) = failures(tmp_path / "sweep")
+    record = stored_failure(tmp_path / "sweep")
     assert record["error"] == "no such weights" and record["options"]["rate"] == "0.3" and record["kind"] == "error"
+    assert [one.error for one in read_failures(tmp_path / "sweep")] == ["no such weights"]
     left_alone = pretend(Pretended())
     assert len(sweep(options(tmp_path)).failed) == 1 and not left_alone.begun
     tried = pretend(Pretended())
     progress = sweep(options(tmp_path, retry=True))
-    assert not progress.failed and len(tried.begun) == 1 and not failures(tmp_path / "sweep")
-    (tmp_path / "sweep" / FAILURES / "x.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged: remove it"):
-        failures(tmp_path / "sweep")
+    assert not progress.failed and len(tried.begun) == 1 and not read_failures(tmp_path / "sweep")
+
+
+def test_a_damaged_note_of_a_failure_is_still_one(tmp_path: Path, pretend: Any) -> None:
+    pretend(Pretended({"lora": [Outcome(kind="fault", error="?")]}))
+    sweep(options(tmp_path))
+    (file,) = (tmp_path / "sweep" / FAILURES).iterdir()
+    file.write_text("{")
+    left_alone = pretend(Pretended())
+    assert len(sweep(options(tmp_path)).failed) == 1 and not left_alone.begun
 
 
 def test_a_run_out_of_memory_is_tried_once_with_half_the_batch(tmp_path: Path, pretend: Any) -> None:
@@ -107,8 +122,35 @@ def test_a_run_out_of_memory_is_tried_once_with_half_the_batch(tmp_path: Path, p
     executor = pretend(Pretended({"lora": [short, short]}))
     progress = sweep(options(other))
     assert list(progress.failed.values()) == ["killed"] and len(executor.begun) == 4
-    (record,) = failures(other / "sweep")
-    assert record["kind"] == "memory"
+    assert stored_failure(other / "sweep")["kind"] == "memory"
+
+
+def test_a_run_with_half_the_batch_goes_on_with_it(tmp_path: Path, pretend: Any) -> None:
+    """Killed in between, the sweep does not begin it with the whole batch again, nor stumbles over what that left."""
+
+    class Killed(Exception):
+        pass
+
+    class Ended(Pretended):
+        def wait(self, seconds: float) -> list[tuple[Work, Outcome]]:
+            folder = Path(self.begun[0].options["output"])
+            if len(self.begun) > 1:
+                assert self.begun[1].halved and not list(folder.iterdir())
+                raise Killed
+            checkpoint = folder / ".partial-a" / "checkpoints" / "checkpoint-1"
+            checkpoint.mkdir(parents=True)
+            write_json(folder / ".partial-a" / ".pyra-run", {"kind": "run"})
+            write_json(checkpoint / "complete.json", {})
+            return super().wait(seconds)
+
+    pretend(Ended({"lora": [Outcome(kind="memory", error="killed")]}, slots=1))
+    with pytest.raises(Killed):
+        sweep(options(tmp_path, method="lora", rate=None))
+    assert stored_failure(tmp_path / "sweep")["kind"] == HALVED_KIND
+    executor = pretend(Pretended())
+    progress = sweep(options(tmp_path, method="lora", rate=None))
+    assert [(work.options["batch_size"], work.halved) for work in executor.begun] == [(16, True)]
+    assert not progress.failed and not read_failures(tmp_path / "sweep")
 
 
 def test_half_of_a_batch_is_still_a_batch() -> None:
