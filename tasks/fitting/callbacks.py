@@ -149,7 +149,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, description: str) -> None:
         self.description = description
         self.bar: Any = None
-        self.told = time.monotonic()
+        self.told, self.step = time.monotonic(), -1  # of the last line
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
@@ -183,12 +183,12 @@ class ProgressBar(TrainerCallback):
         self._tell(state)
 
     def _tell(self, state: TrainerState) -> None:
-        if not self.bar.disable or not processes.is_main():
+        if not self.bar.disable or not processes.is_main() or self.step == state.global_step:
             return
         loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), math.nan)
         where = f"step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.1f}"
         print(f"{self.description}: {where}, loss {loss:.3f}", file=sys.stderr, flush=True)
-        self.told = time.monotonic()
+        self.told, self.step = time.monotonic(), state.global_step
 
 
 def evaluating(stack: ExitStack, model: nn.Module) -> None:

@@ -165,3 +165,4 @@ def test_without_a_terminal_a_line_says_how_it_goes(
     lines = [line.partition(", loss")[0] for line in error.splitlines() if "training: step" in line]
     assert lines[0] == "tome: training: step 5 of 10, epoch 1.0"
     assert lines[-1] == "tome: training: step 10 of 10, epoch 2.0"
+    assert len(set(lines)) == len(lines)
