@@ -91,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _image_run(options: EvaluateOptions) -> int:
     known = (*_OF_IMAGES, *_OF_BOTH)
     _refuse(options, [f.name for f in fields(options) if f.name not in known], f"is for language: {options.run} is not")
-    from pyra.tasks.evaluation import caution, evaluate_run, evaluation_file
+    from pyra.tasks.evaluation import caution, evaluate_run
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
+    from pyra.tasks.results import evaluation_file
 
     quiet_libraries()
     result = evaluate_run(

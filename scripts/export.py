@@ -19,6 +19,7 @@ class ExportOptions:
     format: str = option("onnx", "what to write")
     output: str | None = option(None, "folder to write to; RUN/export by default")
     overwrite: bool = option(False, "replace an earlier export in --output")
+    rate: float | None = option(None, "share of the MACs to save; the run's own by default")
     images: int = option(32, "test images to compare the reloaded file with the model on")
     tolerance: float = option(1e-3, "largest allowed difference, as a share of the largest logit")
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder,
         format=options.format,
         overwrite=options.overwrite,
+        rate=options.rate,
         images=options.images,
         tolerance=options.tolerance,
     )

@@ -55,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found.chosen is not None:
         at = found.chosen.point
         print("\nto use it (the first of its seeds):")
-        for one in commands(at.row, at.run):
+        for one in commands(at.row.unit, at.run, at.asked_rate):
             if one.language == "sh":
                 print(f"  {one.text}")
-        load = f"model, options, labels = load_run({str(at.run)!r})"
         if at.row.unit == "images":
-            print(f"  in Python: from pyra.tasks.runs import load_run; {load}")
+            name = "load_run" if at.asked_rate is None else "run_at_rate"
+            asked = "" if at.asked_rate is None else f", {at.asked_rate:g}"
+            print(f"  in Python: from pyra.tasks.runs import {name}; ", end="")
+            print(f"model, options, labels = {name}({str(at.run)!r}{asked})")
     return 0 if found.chosen else 1

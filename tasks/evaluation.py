@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyra.backbones import macs, set_rate, unwrap, wrapped_config, wrapped_schedule
+from pyra.backbones import macs, unwrap, wrapped_schedule
 from pyra.backbones.loading import preprocessing
 from pyra.errors import ConfigError
 from pyra.files import write_json
 from pyra.tasks.data.task import ImageDataset, Task, image_dataset
 from pyra.tasks.provenance import scored
-from pyra.tasks.results import RunResult, environment, read_result
-from pyra.tasks.runs import DTYPES, load_run, resolve_device, task_of_run
-from pyra.tasks.scoring import score
+from pyra.tasks.results import RunResult, environment, evaluation_file, predictions_file, read_result
+from pyra.tasks.runs import DTYPES, resolve_device, run_at_rate, task_of_run
+from pyra.tasks.scoring import predict, value_of
 from pyra.tasks.timing import throughput
 from pyra.tasks.usage import Meter
 
@@ -97,7 +97,9 @@ def evaluate_run(
     skip_broken: bool = False,
     rate: float | None = None,
 ) -> RunResult:
-    """Score and time a run folder again, with the data and weights it names; writes :func:`evaluation_file` into it.
+    """Score and time a run folder again, with the data and weights it names.
+
+    Writes :func:`~pyra.tasks.results.evaluation_file` and its answers into the folder.
 
     Args:
         folder: of the run.
@@ -116,13 +118,7 @@ def evaluate_run(
         raise ConfigError(f"--batch-size must be a positive number, got {batch_size}")
     target = resolve_device(device)
     meter = Meter(target).start()
-    model, options, labels = load_run(folder)
-    if rate is not None:
-        if wrapped_config(model) is None:
-            raise ConfigError(
-                f"--rate {rate}: {folder} was trained with --method {options.method}, which merges nothing"
-            )
-        set_rate(model, rate)
+    model, options, labels = run_at_rate(folder, rate)
     trained = read_result(folder)
     task = task_of_run(folder, options, labels)
     data = data_for(
@@ -135,7 +131,7 @@ def evaluate_run(
     )
     model = model.to(target)
     batch_size = batch_size or options.batch_size
-    value = score(model, data, metric=task.metric, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])
+    predictions, truth = predict(model, data, batch_size=batch_size, device=target, dtype=DTYPES[options.dtype])
     batch = torch.stack([data[i]["pixel_values"] for i in range(min(batch_size, len(data)))])
     measured = measure(model, batch.to(target))
     columns = scored(task, task.splits["train"]["label"][:], data)
@@ -143,7 +139,7 @@ def evaluate_run(
         columns["majority_value"] = trained.majority_value
     result = dataclasses.replace(
         trained,
-        value=value,
+        value=value_of(predictions, truth, task.metric),
         **measured.columns(),
         throughput_batch_size=len(batch),
         num_test=len(data),
@@ -153,8 +149,15 @@ def evaluate_run(
         **columns,
         **meter.stop().columns(),
     )
-    write_json(folder / evaluation_file(split, rate), result.to_dict())
+    file = folder / evaluation_file(split, rate)
+    write_json(predictions_file(file), answers(result, predictions, truth))
+    write_json(file, result)
     return result
+
+
+def answers(result: RunResult, predictions: list[int], labels: list[int]) -> dict[str, Any]:
+    """Return what is kept of the answers that a result was counted from: the images they are of, and class indices."""
+    return {"split": result.split, "sha256": result.test_sha256, "predictions": predictions, "labels": labels}
 
 
 def caution(result: RunResult) -> str | None:
@@ -165,9 +168,3 @@ def caution(result: RunResult) -> str | None:
         f"note: images outside the test split chose the settings of this run, and most trained it: its score on "
         f"{result.split} is no estimate for new images"
     )
-
-
-def evaluation_file(split: str, rate: float | None = None) -> str:
-    """Name the file that ``pyra evaluate`` writes: ``evaluation.json``, with what was asked for in its name."""
-    parts = ["evaluation"] + ([split] if split != "test" else []) + ([f"rate-{rate:g}"] if rate is not None else [])
-    return f"{'-'.join(parts)}.json"

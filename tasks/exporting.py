@@ -11,7 +11,7 @@ from pyra.export import ExportReport, export_model, load_exported
 from pyra.files import write_json
 from pyra.tasks.evaluation import data_for
 from pyra.tasks.output import staged_output
-from pyra.tasks.runs import load_run, task_of_run
+from pyra.tasks.runs import run_at_rate, task_of_run
 from pyra.tasks.timing import take_turns
 
 
@@ -21,6 +21,7 @@ def export_run(
     *,
     format: str = "onnx",
     overwrite: bool = False,
+    rate: float | None = None,
     images: int = 32,
     tolerance: float = 1e-3,
 ) -> tuple[ExportReport, dict[str, float]]:
@@ -34,7 +35,7 @@ def export_run(
         OutputError: where ``folder`` holds an export and ``overwrite`` is false, or something else.
         ExportError: where the reloaded file differs; an earlier export stays.
     """
-    model, options, labels = load_run(run)
+    model, options, labels = run_at_rate(run, rate)
     prepared = preprocessing(model)
     task = task_of_run(run, options, labels)
     data = data_for(model, task, "test", skip_broken=options.skip_broken, limit=images, cache=options.cache)

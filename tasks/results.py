@@ -23,7 +23,7 @@ from pyra.files import read_json
 from pyra.records import record_problems
 
 SCHEMA_VERSION = 2
-RESULT_FILE = "result.json"
+RESULT_FILE, PREDICTIONS_FILE = "result.json", "predictions.json"
 
 PROTOCOLS = {
     "fixed": "hyper-parameters and epochs given beforehand, test split scored once",
@@ -35,6 +35,7 @@ PROTOCOLS = {
 _LIBRARIES = (
     "torch", "timm", "transformers", "peft", "accelerate", "datasets", "evaluate", "torchvision", "safetensors",
 )  # fmt: skip
+_EVALUATED = re.compile(r"evaluation-rate-(0(?:\.\d+)?)\.json")
 _OLD_SPLIT = re.compile(r"(\S+) split")  # version 1 said so where a protocol stands now
 
 
@@ -198,6 +199,24 @@ def read_result_file(path: Path) -> RunResult:
         return RunResult.from_dict(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def evaluation_file(split: str, rate: float | None = None) -> str:
+    """Name the file that ``pyra evaluate`` writes: ``evaluation.json``, with what was asked for in its name."""
+    parts = ["evaluation"] + ([split] if split != "test" else []) + ([f"rate-{rate:g}"] if rate is not None else [])
+    return f"{'-'.join(parts)}.json"
+
+
+def evaluated_rate(file: Path) -> float | None:
+    """Return the rate that an evaluation of the test split was asked for, by the name of its file; else None."""
+    found = _EVALUATED.fullmatch(file.name)
+    return float(found[1]) if found else None
+
+
+def predictions_file(file: Path) -> Path:
+    """Return where the answers stand that a result or an evaluation was counted from, beside it."""
+    name = PREDICTIONS_FILE if file.name == RESULT_FILE else f"predictions-{file.name}"
+    return file.with_name(name)
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

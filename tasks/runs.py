@@ -25,7 +25,7 @@ from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
 from pyra.adapters.methods import refuse_rank
-from pyra.backbones import geometry
+from pyra.backbones import geometry, set_rate, wrapped_config
 from pyra.backbones.loading import create_backbone, weights_file
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
@@ -186,6 +186,22 @@ def load_run(folder: str | Path) -> tuple[nn.Module, RunOptions, list[str]]:
         backbone = new_backbone(options, len(labels))
     model = load_adapter(backbone, folder / ADAPTER)
     return fold_adapter(model).eval().requires_grad_(False), options, labels
+
+
+def run_at_rate(folder: str | Path, rate: float | None) -> tuple[nn.Module, RunOptions, list[str]]:
+    """Read a run folder as :func:`load_run` does, and set its model's rate where one is given.
+
+    Raises:
+        ConfigError: for a rate of a run that merges nothing, or one that cannot be had.
+    """
+    model, options, labels = load_run(folder)
+    if rate is not None:
+        if wrapped_config(model) is None:
+            raise ConfigError(
+                f"--rate {rate}: {folder} was trained with --method {options.method}, which merges nothing"
+            )
+        set_rate(model, rate)
+    return model, options, labels
 
 
 def _check_same_weights(folder: Path, options: RunOptions) -> None:

@@ -26,21 +26,21 @@ from pyra.errors import OutputError, TrainingError
 from pyra.files import write_json, write_text
 from pyra.tasks.data.duplicates import shared_content
 from pyra.tasks.data.task import ImageDataset, Task
-from pyra.tasks.evaluation import data_for, measure
+from pyra.tasks.evaluation import answers, data_for, measure
 from pyra.tasks.fitting import checkpoints, processes
 from pyra.tasks.fitting.fit import Watch, check_trackers, fit, forget_checkpoints
 from pyra.tasks.fitting.loop import LoopOptions
 from pyra.tasks.options import RunOptions
 from pyra.tasks.probing import FeatureStore, probe_of
 from pyra.tasks.provenance import provenance
-from pyra.tasks.results import RESULT_FILE, RunResult, environment, read_result
+from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, environment, read_result
 from pyra.tasks.resuming import finished, shared_output
 from pyra.tasks.runs import ADAPTER, DTYPES, new_model, resolve_device, save_run, task_for
 from pyra.tasks.scoring import predict, value_of
 from pyra.tasks.shelf import Shelf
 from pyra.tasks.usage import Meter
 
-PREDICTIONS, TRAINING = "predictions.json", "training.json"
+TRAINING = "training.json"
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,7 @@ def run(
             **measure(folded, batch.to(device)).columns(),
         )
         write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
-        answers = {"split": "test", "sha256": result.test_sha256, "predictions": predictions, "labels": labels}
-        write_json(folder / PREDICTIONS, answers)
+        write_json(folder / PREDICTIONS_FILE, answers(result, predictions, labels))
         write_card(folder, described, info, result)
         write_json(folder / RESULT_FILE, result)
         forget_checkpoints(folder)

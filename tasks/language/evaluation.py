@@ -17,9 +17,8 @@ from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.results import asked_settings, scored_columns, zero_shot_row
 from pyra.tasks.language.runs import Subject, load_language_run, resolve_answer
 from pyra.tasks.output import staged_output
-from pyra.tasks.results import RESULT_FILE, RunResult, read_result
+from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DTYPES, resolve_device
-from pyra.tasks.training import PREDICTIONS
 from pyra.tasks.usage import Meter
 
 
@@ -174,7 +173,7 @@ def evaluate_backbone(
     else:
         with staged_output(output, "run", overwrite) as folder:
             result, scored = row()
-            write_json(folder / PREDICTIONS, scored.record(asked.split, examples))
+            write_json(folder / PREDICTIONS_FILE, scored.record(asked.split, examples))
             write_json(folder / RESULT_FILE, result)
     return result, scored.notes()
 

@@ -38,11 +38,10 @@ from pyra.tasks.language.results import trained_row
 from pyra.tasks.language.runs import Subject, adapted, begin_run, new_subject, save_language_run
 from pyra.tasks.language.scoring import collate
 from pyra.tasks.language.tokens import IGNORED, mask, pad
-from pyra.tasks.results import RESULT_FILE, RunResult, read_result
+from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, read_result
 from pyra.tasks.resuming import finished_as, shared_folder
 from pyra.tasks.runs import DTYPES
 from pyra.tasks.training import (
-    PREDICTIONS,
     TRAINING,
     card_info,
     ready,
@@ -143,7 +142,7 @@ def _run(
             **meter.stop().columns(),
         )
         write_json(folder / TRAINING, {"losses": fitted.losses, "scores": fitted.scores})
-        write_json(folder / PREDICTIONS, scored.record("test", test))
+        write_json(folder / PREDICTIONS_FILE, scored.record("test", test))
         write_card(folder, described, info, result)
         write_json(folder / RESULT_FILE, result)
         forget_checkpoints(folder)

@@ -14,7 +14,8 @@ from pyra.errors import DataError, PyraError
 from pyra.tasks.output import unfinished
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result_file
 
-EVALUATIONS = "evaluation*.json"
+EVALUATIONS, RATES = "evaluation*.json", "evaluation-rate-*.json"
+"""What ``pyra evaluate`` wrote: all of it, and test splits at a rate of one's own, as of elastic runs."""
 _PARTIAL = ".partial-"  # of an output that is being written
 _LARGEST = 2**24  # bytes; a result has a few thousand
 
@@ -45,14 +46,14 @@ class Collection:
     interrupted: list[Path] = field(default_factory=list)
 
 
-def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False) -> Collection:
+def collect(folders: Sequence[str | os.PathLike[str]], also: str | None = None) -> Collection:
     """Read every ``result.json`` below the folders, at any depth; each file once, in order of path.
 
     Links inside the folders are not followed, and outputs that are being written are left out.
 
     Args:
         folders: to look in; a file counts by itself.
-        evaluations: read what ``pyra evaluate`` wrote, too.
+        also: pattern of further files to read, :data:`EVALUATIONS` or :data:`RATES`.
 
     Raises:
         DataError: a folder that is not there (all of them).
@@ -65,7 +66,7 @@ def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False
     seen: set[Path] = set()
     for path in paths:
         root = path.resolve()
-        for file in _files(path, evaluations, collection.interrupted):
+        for file in _files(path, also, collection.interrupted):
             real = root / file.relative_to(path)  # no link is followed below the folder
             if real not in seen:
                 seen.add(real)
@@ -73,7 +74,7 @@ def collect(folders: Sequence[str | os.PathLike[str]], evaluations: bool = False
     return collection
 
 
-def _files(path: Path, evaluations: bool, interrupted: list[Path]) -> Iterator[Path]:
+def _files(path: Path, also: str | None, interrupted: list[Path]) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
@@ -82,7 +83,7 @@ def _files(path: Path, evaluations: bool, interrupted: list[Path]) -> Iterator[P
             interrupted += unfinished(home, "run")
         folders[:] = sorted(name for name in folders if not name.startswith(_PARTIAL))
         for name in sorted(names):
-            if name == RESULT_FILE or (evaluations and fnmatch(name, EVALUATIONS)):
+            if name == RESULT_FILE or (also is not None and fnmatch(name, also)):
                 file = Path(home, name)
                 if stat.S_ISREG(file.lstat().st_mode):  # a pipe would wait for ever
                     yield file

@@ -1,7 +1,7 @@
 """Methods against one of them, image by image: the paired differences of a folder of results.
 
-Each run says in ``predictions.json`` what it answered: ``labels`` and ``predictions`` (class indices, one an image),
-``split`` and ``sha256`` of the images.
+Beside each result lies what was answered (:func:`pyra.tasks.results.predictions_file`): ``labels`` and ``predictions``
+(class indices, one an image), ``split`` and ``sha256`` of the images.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.formats import Table
 from pyra.tasks.reports.groups import Group, differences, draw_of, draw_text, shown
 from pyra.tasks.reports.table import value_text
-from pyra.tasks.results import PROTOCOLS, RESULT_FILE
+from pyra.tasks.results import PREDICTIONS_FILE, PROTOCOLS, predictions_file
 
-PREDICTIONS = "predictions.json"
 _CONTEXT = (
     "task", "task_version", "split", "test_sha256", "metric", "preprocessing", "backbone", "weights_sha256",
     "image_size",
@@ -168,16 +167,14 @@ def paired_answers(ours: Group, theirs: Group) -> Pairs:
     answers = [[_right(side[draw]) for draw in draws] for side in (left, right)]
     labels = [one[0] for side in answers for one in side]
     if not all(np.array_equal(labels[0], one) for one in labels[1:]):
-        raise NoPairs(f"the labels in their {PREDICTIONS} differ")
+        raise NoPairs(f"the labels in their {PREDICTIONS_FILE} differ")
     pairs = [[one[1].astype(np.float32) for one in side] for side in answers]
     return Pairs(draws, pairs[0], pairs[1])
 
 
 def _right(one: Found) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return labels, and which of them a run answered right; :class:`NoPairs` where its file does not say."""
-    file, row = one.file.with_name(PREDICTIONS), one.row
-    if one.file.name != RESULT_FILE:
-        raise NoPairs(f"{one.file} is an evaluation, which stores no answers")
+    file, row = predictions_file(one.file), one.row
     try:
         stored = read_json(file)
     except FileNotFoundError:

@@ -6,8 +6,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyra.tasks.results import RunResult
-
 PLACE = "RUN_FOLDER"
 _USE = f"""import torch
 from PIL import Image
@@ -36,17 +34,24 @@ class Command:
     text: str
 
 
-def commands(row: RunResult, run: Path | None = None) -> list[Command]:
-    """Return the commands for a run; without a folder its place says :data:`PLACE`.
+def commands(unit: str, run: Path | None = None, rate: float | None = None) -> list[Command]:
+    """Return the commands for a run.
 
     Runs on texts are evaluated only: they are not exported, and answer no pictures.
+
+    Args:
+        unit: what the run counts in a second, ``images`` or something of texts.
+        run: its folder; without one its place says :data:`PLACE`.
+        rate: to set on its model; None leaves the run's own.
     """
     shell = PLACE if run is None else shlex.quote(str(run))
-    found = [Command("Evaluate", "sh", f"pyra evaluate {shell}")]
-    if row.unit == "images":
+    asked = "" if rate is None else f" --rate {rate:g}"
+    found = [Command("Evaluate", "sh", f"pyra evaluate {shell}{asked}")]
+    if unit == "images":
         use = _USE if run is None else _USE.replace(PLACE, repr(str(run)))
+        use = use if rate is None else use.replace("load_run", "run_at_rate").replace(")\nhow", f", {rate:g})\nhow")
         found += [
-            Command("Export", "sh", f"pyra export {shell} --format onnx"),
+            Command("Export", "sh", f"pyra export {shell}{asked} --format onnx"),
             Command("Use in Python", "python", use),
         ]
     return found

@@ -15,9 +15,8 @@ import shutil
 from pathlib import Path
 
 from pyra.files import write_json
-from pyra.tasks.evaluation import evaluation_file
 from pyra.tasks.output import unfinished
-from pyra.tasks.results import RESULT_FILE
+from pyra.tasks.results import RESULT_FILE, evaluation_file
 from pyra.tasks.sweeps.failures import HALVED, failure_file, kind_of_failure
 from pyra.tasks.sweeps.grid import Planned, SweepOptions
 

@@ -61,7 +61,7 @@ def sweep_page(
 def _data(points: Sequence[Point], ways: Sequence[Cost]) -> dict[str, Any]:
     contexts = list(dict.fromkeys(one.context for one in points))
     methods = sorted({one.row.method for one in points})
-    kinds = list(dict.fromkeys(one.row.unit for one in points))
+    kinds = list(dict.fromkeys((one.row.unit, one.asked_rate) for one in points))
     metrics = []
     for context in contexts:
         row = next(one.row for one in points if one.context == context)
@@ -73,10 +73,7 @@ def _data(points: Sequence[Point], ways: Sequence[Cost]) -> dict[str, Any]:
         "metrics": metrics,
         "costs": [{"key": one.key, "title": one.title, "axis": one.axis, "higher": one.higher} for one in ways],
         "place": PLACE,
-        "commands": [
-            [[one.does, one.language, one.text] for one in commands(row)]
-            for row in (next(one.row for one in points if one.row.unit == kind) for kind in kinds)
-        ],
+        "commands": [[[one.does, one.language, one.text] for one in commands(unit, rate=rate)] for unit, rate in kinds],
         "points": [
             [
                 contexts.index(one.context),
@@ -85,7 +82,7 @@ def _data(points: Sequence[Point], ways: Sequence[Cost]) -> dict[str, Any]:
                 one.group.mean,
                 one.group.deviation,
                 str(one.run.resolve()),
-                kinds.index(one.row.unit),
+                kinds.index((one.row.unit, one.asked_rate)),
                 *(way.of(one) for way in ways),
             ]
             for one in points

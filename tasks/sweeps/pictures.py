@@ -32,19 +32,19 @@ def make_pictures(points: Sequence[Point], folder: Path) -> list[Path]:
         file = folder / PICTURES / f"{one.row.method}-{rate:.2f}.png"
         if not file.exists():
             try:
-                _draw(one.run, file)
+                _draw(one, file)
             except (PyraError, OSError):
                 continue
     return existing_pictures(folder)
 
 
-def _draw(run: Path, file: Path) -> None:
-    from pyra.tasks.runs import load_run, task_of_run
+def _draw(one: Point, file: Path) -> None:
+    from pyra.tasks.runs import run_at_rate, task_of_run
     from pyra.tasks.training import decode
     from pyra.tasks.visualize import draw
 
-    model, options, labels = load_run(run)
-    data = decode(replace(options, limit=_IMAGES), task_of_run(run, options, labels), model, "test")
+    model, options, labels = run_at_rate(one.run, one.asked_rate)
+    data = decode(replace(options, limit=_IMAGES), task_of_run(one.run, options, labels), model, "test")
     drawn = draw(model.cpu(), [data.image(place) for place in range(len(data.labels))])
     with atomic_path(file) as temporary:
         drawn.picture.save(temporary)

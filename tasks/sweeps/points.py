@@ -9,7 +9,7 @@ from pathlib import Path
 from pyra.tasks.reports.groups import Group, differences, seeds_text, shown
 from pyra.tasks.reports.summary import value_cell, value_header
 from pyra.tasks.reports.table import macs_unit, number_text
-from pyra.tasks.results import RunResult
+from pyra.tasks.results import RunResult, evaluated_rate
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Point:
     def run(self) -> Path:
         """Folder of the first run: the best of the seeds would be chosen by its test score."""
         return self.group.members[0].file.parent
+
+    @property
+    def asked_rate(self) -> float | None:
+        """The rate to set on the run's model, where that is not its own: of an elastic run."""
+        return evaluated_rate(self.group.members[0].file)
 
     @property
     def context(self) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from pyra.errors import ConfigError, DataError
 from pyra.tasks.comparison import paired_difference, probability_at_least
 from pyra.tasks.metrics import METRICS
-from pyra.tasks.reports.collect import collect
+from pyra.tasks.reports.collect import RATES, collect
 from pyra.tasks.reports.comparable import warnings
 from pyra.tasks.reports.formats import Table
 from pyra.tasks.reports.groups import Group, draw_text, group, seeds_text
@@ -91,7 +91,7 @@ def recommend_from(
     if by not in BY:
         raise ConfigError(f"--by {by!r}: one of {', '.join(BY)}")
     wanted = filters(where)
-    collection = collect([folder])
+    collection = collect([folder], RATES)
     if not collection.found:
         more = "; ".join(["", *skipped_note(collection)])
         raise DataError(f"no finished run below {folder}{more}: make some with `pyra train --output {folder}/a`")
@@ -329,7 +329,7 @@ def record(found: Recommendation) -> dict[str, Any]:
             "compared_seeds": sure and sure.seeds,
             "compared_images": sure and sure.images,
             "run": str(at.run),
-            "commands": {made.does: made.text for made in commands(at.row, at.run)},
+            "commands": {made.does: made.text for made in commands(at.row.unit, at.run, at.asked_rate)},
         }
 
     return {

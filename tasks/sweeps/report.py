@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyra.errors import DataError
 from pyra.files import atomic_path, write_text
-from pyra.tasks.reports.collect import Collection, collect
+from pyra.tasks.reports.collect import RATES, Collection, collect
 from pyra.tasks.reports.comparable import warnings
 from pyra.tasks.reports.formats import Table, markdown, markdown_text
 from pyra.tasks.reports.groups import group, majority_groups
@@ -42,7 +42,7 @@ def write_report(folder: str | Path, *, pictures: bool = False) -> Path:
         DataError: no such folder, or neither a finished nor a failed run in it.
     """
     folder = Path(folder).expanduser()
-    collection = collect([folder])
+    collection = collect([folder], RATES)
     failures = read_failures(folder)
     if not collection.found and not failures:
         more = "; ".join(["", *skipped_note(collection)])
@@ -74,7 +74,7 @@ def gathered(collection: Collection) -> tuple[list[Point], list[str]]:
 
 
 def _summary(points: Sequence[Point], failures: Sequence[Failure]) -> str:
-    runs = sum(len(one.group.members) for one in points)
+    runs = len({member.file.parent for one in points for member in one.group.members})
     text = f"{_count(runs, 'finished run')} in {_count(len(points), 'point')} (seeds together)"
     return text + (f", {_count(len(failures), 'failed run')} (below)" if failures else "")
 
@@ -105,7 +105,8 @@ def _markdown(points: Sequence[Point], failures: Sequence[Failure], title: str, 
         parts += [f"![The front]({CHART})", markdown(Table([c.header for c in made], lines, sum(c.left for c in made)))]
         if len(points) > _TABLED:
             parts.append(f"{len(points) - _TABLED:,} more points stand in {PAGE}.")
-        shell = [one.text for one in commands(points[0].row, points[0].run) if one.language == "sh"]
+        first = commands(points[0].row.unit, points[0].run, points[0].asked_rate)
+        shell = [one.text for one in first if one.language == "sh"]
         parts.append("To go on with a point, here the first one:\n\n```sh\n" + "\n".join(shell) + "\n```")
     if failures:
         cells = [[one.run, one.error, one.options, one.when] for one in failures]

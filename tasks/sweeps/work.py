@@ -10,7 +10,7 @@ from typing import Any
 from pyra.errors import PyraError, TrainingError
 from pyra.files import write_json
 from pyra.tasks.options import RunOptions
-from pyra.tasks.results import RESULT_FILE, RunResult, read_result
+from pyra.tasks.results import RESULT_FILE, RunResult, evaluation_file, read_result
 from pyra.tasks.shelf import Shelf
 
 HALVED = "batch halved: it ran out of memory"
@@ -60,7 +60,7 @@ def perform(work: Work, shelf: Shelf | None = None) -> Outcome:
     """Do a run, or what is left of it, and say how it ended; nothing is raised but what ends a process."""
     import torch
 
-    from pyra.tasks.evaluation import evaluate_run, evaluation_file
+    from pyra.tasks.evaluation import evaluate_run
     from pyra.tasks.training import Plan, train
 
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyra.files import write_json
-from pyra.tasks.results import RunResult
+from pyra.tasks.results import RESULT_FILE, RunResult, evaluation_file, predictions_file
 
 IMAGES = 400
 Write = Callable[..., Path]
@@ -17,11 +17,15 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a run that answers ``right`` of 400 images right; the wrong ones are spread by its seed."""
+    """Write a run that answers ``right`` of 400 images right; the wrong ones are spread by its seed.
+
+    With ``asked`` it is an evaluation of the run at that rate.
+    """
 
     def write_run(name: str, method: str, right: int, rate: float = 0.0, seed: int = 0, **changes: Any) -> Path:
         answers = changes.pop("answers", True)
         speed = changes.pop("speed", 100 / (1 - rate))
+        asked = changes.pop("asked", None)
         known: dict[str, Any] = {
             "task": "demo", "metric": "accuracy", "schedule": [int(20 * rate)], "trained_parameters": 2000,
             "backbone": "demo", "protocol": "fixed", "majority_value": 0.25, "test_sha256": "a" * 64,
@@ -31,13 +35,14 @@ def write(tmp_path: Path) -> Write:
         }  # fmt: skip
         own: dict[str, Any] = {"method": method, "rate": rate, "seed": seed, "value": right / IMAGES}
         folder = tmp_path / "sweep" / "runs" / name
-        write_json(folder / "result.json", RunResult(**{**known, **own, **changes}))
+        file = folder / (RESULT_FILE if asked is None else evaluation_file("test", asked))
+        write_json(file, RunResult(**{**known, **own, **changes}))
         if answers:
             wrong = {(place * 7 + 31 * seed) % IMAGES for place in range(IMAGES - right)}
             labels = [place % 4 for place in range(IMAGES)]
             given = [(label + 1) % 4 if place in wrong else label for place, label in enumerate(labels)]
             told = {"labels": labels, "predictions": given, "split": "test", "sha256": "a" * 64}
-            write_json(folder / "predictions.json", told)
+            write_json(predictions_file(file), told)
         return folder
 
     return write_run

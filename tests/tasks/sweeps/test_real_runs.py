@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pyra.files import read_json
 from pyra.scripts.main import main
 from pyra.tasks.options import RunOptions
-from pyra.tasks.results import read_result
+from pyra.tasks.results import read_result, read_result_file
 from pyra.tasks.sweeps.commands import commands
 from pyra.tasks.sweeps.report import write_report
 from pyra.tasks.training import train
@@ -34,9 +35,13 @@ def test_pictures_and_commands_of_trained_runs(
         assert image.width > image.height > 2 * 224
 
     run = tmp_path / "sweep" / "b's"
-    evaluate, export, use = commands(read_result(run), run)
+    assert read_result(run).unit == "images"
+    evaluate, export, use = commands("images", run, 0.3)
     assert main(shlex.split(evaluate.text)[1:]) == 0
-    assert shlex.split(export.text) == ["pyra", "export", str(run), "--format", "onnx"]
+    assert abs(read_result_file(run / "evaluation-rate-0.3.json").rate - 0.3) < 0.05
+    answers = read_json(run / "predictions-evaluation-rate-0.3.json")
+    assert len(answers["predictions"]) == len(answers["labels"]) == 30
+    assert shlex.split(export.text) == ["pyra", "export", str(run), "--rate", "0.3", "--format", "onnx"]
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

@@ -47,6 +47,23 @@ def test_the_fastest_within_the_limit_with_its_confidence(folder: Path) -> None:
     assert not any("seed" in note for note in found.notes)
 
 
+def test_rates_of_an_elastic_run_are_points(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds(write, "lora", 320)
+    settings = {"lr": 0.1, "elastic": True}
+    for seed in range(3):
+        write(f"elastic-{seed}", "pyra", 300, 0.7, seed, settings=settings)
+        for rate, right in ((0.3, 320), (0.5, 319), (0.7, 300)):
+            write(f"elastic-{seed}", "pyra", right, rate, seed, asked=rate, settings=settings)
+    found = recommend_from(tmp_path / "sweep", 1.0)
+    assert found.chosen is not None and found.chosen.point.name == "pyra 0.50"
+    assert found.chosen.confidence is not None and found.chosen.confidence.drop == pytest.approx(0.25)
+    assert main(["recommend", str(tmp_path / "sweep"), "--max-drop", "1"]) == 0
+    said = capsys.readouterr().out
+    run = tmp_path / "sweep" / "runs" / "elastic-0"
+    assert f"pyra evaluate {run} --rate 0.5" in said and f"pyra export {run} --rate 0.5 --format onnx" in said
+    assert f"run_at_rate({str(run)!r}, 0.5)" in said
+
+
 @pytest.mark.parametrize(("limit", "name"), [(5.0, "tome 0.70"), (0.99, "pyra 0.50"), (0.25, "pyra 0.50")])
 def test_the_limit_decides(folder: Path, limit: float, name: str) -> None:
     for by in ("speed", "macs"):

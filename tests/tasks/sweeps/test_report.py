@@ -66,6 +66,20 @@ def test_a_second_call_adds_runs_and_drops_failures_that_were_mended(sweep: Path
 
 
 @pytest.mark.filterwarnings("error")
+def test_rates_of_an_elastic_run_are_points(write: Write, tmp_path: Path) -> None:
+    write("elastic", "pyra", 300, 0.7)
+    for rate in (0.3, 0.7):
+        write("elastic", "pyra", 310, rate, asked=rate)
+    page = write_report(tmp_path / "sweep")
+    data = data_of(page)
+    assert "1 finished run in 2 points" in page.read_text(encoding="utf-8")
+    assert sorted(point[2] for point in data["points"]) == [0.3, 0.7]
+    for point in data["points"]:
+        evaluate, export, use = (text for _, _, text in data["commands"][point[6]])
+        assert evaluate.endswith(f"--rate {point[2]:g}") and f"--rate {point[2]:g} --format" in export
+        assert f"run_at_rate(RUN_FOLDER, {point[2]:g})" in use
+
+
 def test_odd_names_stay_text(write: Write, tmp_path: Path) -> None:
     write("a", "</script><img src=x>$title", 300)
     write("b", "衣類", 200, 0.1)
