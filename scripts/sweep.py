@@ -79,8 +79,12 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
     from pyra.tasks.sweeps.folder import RUNS
     from pyra.tasks.sweeps.report import write_report
 
-    progress = sweep(options, Display(runs))
     folder = Path(options.output).expanduser()
+    try:
+        progress = sweep(options, Display(runs))
+    except (KeyboardInterrupt, SystemExit):
+        print(f"what is finished in {folder} is kept; the same line goes on", file=sys.stderr)
+        raise
     if progress.kept or progress.finished:
         print(report([str(folder / RUNS)], evaluations=options.elastic).text)
         print(f"the front as a page: {write_report(folder)}")
@@ -89,5 +93,8 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
     if progress.cut:
         took = duration(progress.took)
         print(f"the budget is used up after {took}: {progress.left} runs are left; the same line goes on")
+    if (overhead := progress.overhead()) is not None:
+        count, took = len(progress.finished), duration(progress.took)
+        print(f"{count} run{'s' * (count != 1)} in {took}, {overhead:.1%} of it outside of runs")
     print(f"saved to {folder}; next: pyra recommend {folder} --max-drop 1.0")
     return 1 if progress.failed or progress.left else 0

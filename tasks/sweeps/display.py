@@ -34,7 +34,7 @@ class Display:
         if not self._begun:
             self._begun = True
             kept = f", {progress.kept} of them finished before" if progress.kept else ""
-            print(f"{progress.total} runs{kept}", file=self._out, flush=True)
+            print(f"{progress.total} run{'s' * (progress.total != 1)}{kept}", file=self._out, flush=True)
         if self._live:
             if time.monotonic() - self._drawn >= _REDRAW or not progress.left:
                 self._draw(progress)

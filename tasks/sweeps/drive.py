@@ -48,6 +48,8 @@ class Progress:
         failed: names and reasons of those that failed, before and since.
         running: names of those under way.
         took: seconds of this start.
+        within: seconds that workers spent within runs, of those that ended since.
+        at_once: the most runs that were under way at a time.
         cut: whether the budget ended it.
     """
 
@@ -57,6 +59,8 @@ class Progress:
     failed: dict[str, str] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
     took: float = 0.0
+    within: float = 0.0
+    at_once: int = 0
     cut: bool = False
 
     @property
@@ -67,6 +71,10 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Guess from what finished since the start; None before anything did."""
         return self.took / len(self.finished) * self.left if self.finished else None
+
+    def overhead(self) -> float | None:
+        """Return the share of the workers' time that was spent outside of runs; None where nothing finished."""
+        return 1 - self.within / (self.took * self.at_once) if self.finished else None
 
 
 def sweep(options: SweepOptions, tell: Callable[[Progress], None] = lambda _: None) -> Progress:
@@ -161,8 +169,10 @@ def _drive(
             work = queue.popleft()
             executor.submit(work)
             progress.running.append(work.name)
+            progress.at_once = max(progress.at_once, len(progress.running))
         for work, outcome in executor.wait(_PATIENCE):
             progress.running.remove(work.name)
+            progress.within += outcome.seconds
             planned = by_name[work.name]
             stored = stored_options(planned.options)
             smaller = work.with_half_the_batch() if outcome.kind == "memory" else None

@@ -19,6 +19,7 @@ from pyra.tasks.shelf import Shelf
 from pyra.tasks.sweeps.work import Outcome, Work, perform
 
 _WATCH = 0.5  # seconds between two looks whether the parent lives
+_LEAVES_WITHIN = 10  # seconds, then it is killed
 
 
 class LocalExecutor:
@@ -61,7 +62,7 @@ class LocalExecutor:
             if worker.work is not None:
                 worker.process.terminate()
         for worker in self._workers.values():
-            worker.process.join(10)
+            worker.process.join(_LEAVES_WITHIN)
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
@@ -134,6 +135,7 @@ def _serve(pipe: Connection, parent: int, threads: int, log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group; the parent says what is to end
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 
@@ -150,8 +152,14 @@ def _serve(pipe: Connection, parent: int, threads: int, log: str) -> None:
         pipe.send(perform(work, shelf))
 
 
+def _leave(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)  # and not at once: semaphores are given back
+
+
 def _end_with(parent: int) -> None:
     """End with the parent, even one that was killed: nobody would know of this process any more."""
     while os.getppid() == parent:
         time.sleep(_WATCH)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_LEAVES_WITHIN)
     os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,23 @@ class Outcome:
         result: of a run that finished.
         kind: ``finished``, ``error`` (of the input), ``diverged``, ``memory``, ``killed`` or ``fault`` (of this code).
         error: one line, for a run that did not.
+        seconds: that it took in its worker; 0 for one whose process ended.
     """
 
     result: RunResult | None = None
     kind: str = "finished"
     error: str = ""
+    seconds: float = 0.0
 
 
 def perform(work: Work, shelf: Shelf | None = None) -> Outcome:
     """Do a run, or what is left of it, and say how it ended; nothing is raised but what ends a process."""
+    started = time.perf_counter()
+    outcome = _perform(work, shelf)
+    return dataclasses.replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _perform(work: Work, shelf: Shelf | None) -> Outcome:
     import torch
 
     from pyra.tasks.evaluation import evaluate_run

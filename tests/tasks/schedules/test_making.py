@@ -71,6 +71,13 @@ def test_a_speedup_is_predicted_and_measured(
     assert record["how"] == "latency" and record["measured"]["met"]
     assert record["predicted"]["speedup"] == pytest.approx(1.2, abs=0.01) and record["details"]["batch_size"] == 64
     assert len(record["details"]["costs"]["layers"][0]["merged"]) == 2
+    ways = {"calibrated": ["--calibrate", "demo", "--images", "2"], "searched": ["--search", "--task", "demo"]}
+    for how, more in ways.items():
+        few = ["--trials", "1", "--limit", "8"] if how == "searched" else []
+        shown(capsys, *arguments, "--speedup", "1.2", "--overwrite", *more, *few)
+        record = json.loads(file.read_text())
+        assert record["how"] == how and record["target"] == {"speedup": 1.2}
+        assert record["predicted"]["speedup"] == pytest.approx(1.2, abs=0.02) and record["measured"]["met"]
     assert main(["schedule", *arguments, "--latency", "1us", "--overwrite"]) == 2
     error = capsys.readouterr().err
     assert "at best on this device" in error and error.count("pyra: error") == 1

@@ -259,6 +259,21 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rate"] == "0.3,0.5"
 
 
+def test_a_sweep_that_is_interrupted_says_how_it_goes_on(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "pyra.scripts.main", "sweep", "--task", "demo", "--method", "lora", "--epochs", "50"]
+    line += ["--image-size", "32", "--device", "cpu", "--output", str(tmp_path / "sweep")]
+    started = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "sweep" / RUNS).glob("*/.partial-*")):
+        assert started.poll() is None, "ended before its run began"
+        time.sleep(0.2)
+    os.killpg(started.pid, signal.SIGINT)
+    out, said = started.communicate(timeout=60)
+    assert started.returncode == 130 and not out
+    assert said.splitlines() == [
+        "1 run", f"what is finished in {tmp_path / 'sweep'} is kept; the same line goes on", "pyra: interrupted"
+    ]  # fmt: skip
+
+
 def test_unreachable_clusters() -> None:
     pytest.importorskip("ray", reason="the extra `sweeps` is not installed")
     from pyra.tasks.sweeps.cluster import RayExecutor, SlurmExecutor
