@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyra.kernels.choice import at_once, compiled_on_a_cpu, on_device_of, runs_triton
+from pyra.kernels import exported
+from pyra.kernels.choice import at_once, compiled_on_a_cpu, exporting, on_device_of, runs_triton
 from pyra.kernels.follow import follow
 from pyra.kernels.match import Rules, match
 from pyra.kernels.merge import Plan, Weights, merge
@@ -57,7 +58,8 @@ def merge_step(
         scaled_gates: as in :class:`pyra.PyraConfig`.
 
     Returns:
-        Tokens [B, N - r, C], size [B, N - r, 1] int32, source map [B, N0], positions [B, N - r].
+        Tokens [B, N - r, C], size [B, N - r, 1] (int32; float32 in an exported graph), source map [B, N0], positions
+        [B, N - r].
     """
     weights = None if reactivation is None else Weights.of(reactivation)
     plain = rules.method == "bipartite" and threshold is None and (reactivation is None) == (weights is None)
@@ -66,6 +68,9 @@ def merge_step(
             weights = weights.scaled(removed)
         with on_device_of(tokens):
             return _launched(tokens, size, source_map, positions, keys, heads, weights, removed, prefix, rules.order)
+    if exporting() and rules.method == "bipartite" and rules.order == "grouped" and threshold is None:
+        features = keys.detach().mean(dim=heads)
+        return exported.step(tokens, size, source_map, positions, features, reactivation, removed, prefix, scaled_gates)
     matched = match(keys, heads, removed, prefix, rules, positions, backend)
     plan = plan_of(matched, rules.method, threshold)
     indices = (plan.source, plan.destination, plan.kept, plan.target)

@@ -54,7 +54,7 @@ class Weights(NamedTuple):
 
     def scaled(self, pairs: int) -> Weights:
         """Divide the sum over ``pairs`` pairs that gates the channels by the root of their number."""
-        return self._replace(pair=self.pair * _gate(self.pair, pairs))
+        return self._replace(pair=self.pair * gate_of(self.pair, pairs))
 
 
 def merge(
@@ -89,7 +89,7 @@ def merge(
             merged, total = run(x, size, *plan, *tensors, backend)
             return merged, total
     rows: Any = getattr(reactivation, "pair_weight", None)
-    return reference(x, size, plan, reactivation, _gate(rows, pairs) if scaled and reactivation is not None else 1.0)
+    return reference(x, size, plan, reactivation, gate_of(rows, pairs) if scaled and reactivation is not None else 1.0)
 
 
 def reference(
@@ -159,7 +159,8 @@ def reactivate(source: Tensor, pairs: Tensor, weights: Any, counted: Tensor | No
     return torch.addcmul(source, modulation.to(source.dtype), source)
 
 
-def _gate(rows: Tensor, pairs: int) -> float:
+def gate_of(rows: Tensor, pairs: int) -> float:
+    """Return the factor of ``delta_D`` where the sum over ``pairs`` pairs is divided by the root of their number."""
     return max(min(len(rows), pairs), 1) ** -0.5
 
 

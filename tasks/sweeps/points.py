@@ -11,6 +11,8 @@ from pyra.tasks.reports.summary import value_cell, value_header
 from pyra.tasks.reports.table import macs_unit, number_text
 from pyra.tasks.results import RunResult, evaluated_rate
 
+_STEADY = 1.3  # times between the speeds of one model
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -154,6 +156,28 @@ def best_first(points: Sequence[Point]) -> list[Point]:
     return sorted(points, key=place)
 
 
+def plain_speeds(points: Sequence[Point]) -> list[list[float]]:
+    """Return inputs/s of the unmerged model that each run was timed in turns with, the same models together."""
+    found: dict[object, list[float]] = {}
+    for row in (row for one in points for row in one.group.rows):
+        if row.images_per_second and row.speedup:
+            device = str(row.environment.get("device"))
+            same = (row.backbone, row.image_size, row.plain_macs, device, row.throughput_batch_size)
+            found.setdefault(same, []).append(row.images_per_second / row.speedup)
+    return list(found.values())
+
+
+def unsteady(points: Sequence[Point]) -> str | None:
+    """Say where one and the same model was timed at very different speeds: the machine was busy with other work."""
+    worst = max(plain_speeds(points), key=lambda speeds: max(speeds) / min(speeds), default=[1.0])
+    if max(worst) < _STEADY * min(worst):
+        return None
+    return (
+        f"the unmerged model itself was timed at {number_text(min(worst))} to {number_text(max(worst))} a second: the "
+        "machine had other work to do; speed-ups, which are measured in turns with it, can be compared"
+    )
+
+
 def device_notes(points: Sequence[Point]) -> list[str]:
     """Say where speeds were measured, and where they cannot be compared because of it."""
     devices = sorted({str(device) for one in points for device, _ in one.group.devices() if device is not None})
@@ -163,4 +187,5 @@ def device_notes(points: Sequence[Point]) -> list[str]:
         notes.append(f"speeds come from different devices ({', '.join(devices)}): compare speed-ups or MACs instead")
     if mixed:
         notes.append(f"{mixed} points have no speed: their seeds were timed on several devices or batches")
-    return notes
+    busy = unsteady(points)
+    return notes if busy is None else [*notes, busy]

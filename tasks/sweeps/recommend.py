@@ -20,7 +20,7 @@ from pyra.tasks.reports.report import filtered, filters, skipped_note
 from pyra.tasks.reports.table import macs_unit, metric_name, number_text, value_text
 from pyra.tasks.results import PROTOCOLS
 from pyra.tasks.sweeps.commands import commands
-from pyra.tasks.sweeps.points import Point, point, speed_title
+from pyra.tasks.sweeps.points import Point, plain_speeds, point, speed_title, unsteady
 
 BY = ("speed", "macs")
 SURE = 0.95
@@ -181,7 +181,11 @@ def _ranking(points: Sequence[Point], by: str) -> tuple[str, Callable[[Point], f
         raise ConfigError("no run has a measured speed: rank by the cost that is always known with --by macs")
     places = {place for one in points if one.row.images_per_second is not None for place in one.group.devices()}
     notes: list[str] = []
-    if len(places) == 1:
+    busy = unsteady(points)
+    if len(places) == 1 and busy is not None and len(plain_speeds(points)) == 1:
+        notes.append(busy)
+        name, of = "speed-up", lambda one: one.speedup
+    elif len(places) == 1:
         name, of = speed_title(points), lambda one: one.speed
     else:
         listed = ", ".join(sorted(f"{device or 'unknown'} at batch {batch}" for device, batch in places))

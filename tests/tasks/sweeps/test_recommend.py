@@ -128,6 +128,15 @@ def test_speeds_of_several_devices_give_way_to_speedups(write: Write, tmp_path: 
     assert any("different devices or batches (a CPU at batch 16, a GPU at batch 16)" in note for note in found.notes)
 
 
+def test_a_busy_machine_is_told_and_speedups_decide(write: Write, tmp_path: Path) -> None:
+    seeds(write, "lora", 320, speed=120.0, speedup=1.0)
+    seeds(write, "pyra", 320, 0.5, speed=90.0, speedup=1.9)
+    seeds(write, "tome", 320, 0.4, speed=130.0, speedup=1.5)
+    found = recommend_from(tmp_path / "sweep", 1.0)
+    assert found.by == "speed-up" and found.chosen is not None and found.chosen.point.name == "pyra 0.50"
+    assert any("timed at 47.4 to 120 a second" in note for note in found.notes)
+
+
 def test_points_without_speed_are_left_out_and_named(write: Write, tmp_path: Path) -> None:
     seeds(write, "lora", 320)
     seeds(write, "pyra", 320, 0.5)
