@@ -37,8 +37,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; ``ValueError`` for what is no JSON, NaN, infinities and bottomless nesting included."""
+    text = Path(path).read_text(encoding="utf-8")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():  # half of a character, which no file can be written with
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("a text holds half of a character") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

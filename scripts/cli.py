@@ -81,11 +81,22 @@ def parse(
             problems.append(f"{field.name.upper() if field.name == positional else _flag(field.name)} is missing")
     if problems:
         parser.error("; ".join(problems))
+    for name, value in values.items():
+        if isinstance(value, str) and not _is_text(value):
+            parser.error(f"{_flag(name)} {value!a} is not UTF-8: give another name")
     options = options_class(**values)
     if print_config:
         print(to_yaml(options), end="")
         raise SystemExit(0)
     return options
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def peek(argv: Sequence[str] | None, name: str) -> str | None:
@@ -109,7 +120,7 @@ def peek(argv: Sequence[str] | None, name: str) -> str | None:
 
     try:
         content = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     value = content.get(name) if isinstance(content, dict) else None
     return None if value is None else str(value)
@@ -331,7 +342,7 @@ def _read_yaml(file: str, fields: typing.Iterable[str]) -> dict[str, Any]:
         raise ConfigError(f"cannot read --config {file}: {getattr(error, 'strerror', None) or error}") from error
     except RecursionError:
         raise ConfigError(f"--config {file} is nested too deeply") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none
         raise ConfigError(f"--config {file} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}

@@ -106,6 +106,7 @@ def _image_run(options: EvaluateOptions) -> int:
         rate=options.rate,
     )
     print(results_table([result]))
+    print(f"images/s in batches of {result.throughput_batch_size}; speed-up over the same model without merging")
     if result.skipped_images:
         print(f"unreadable images left out: {result.skipped_images}")
     if (text := caution(result)) is not None:

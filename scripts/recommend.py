@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.folder:
         raise ConfigError("FOLDER is missing: give a folder with runs (see 'pyra recommend --help')")
     from pyra.tasks.reports.formats import clean, plain
+    from pyra.tasks.reports.table import value_text
+    from pyra.tasks.results import rate_text
     from pyra.tasks.sweeps.commands import commands
     from pyra.tasks.sweeps.recommend import recommend_from, recommendation_table, record, verdict
 
@@ -54,13 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"- {clean(note)}")
     if found.chosen is not None:
         at = found.chosen.point
-        print("\nto use it (the first of its seeds):")
+        own = value_text(at.row.metric, at.row.value)
+        print(f"\nto use it (the first of its seeds, which scored {own}):")
         for one in commands(at.row.unit, at.run, at.asked_rate):
             if one.language == "sh":
                 print(f"  {one.text}")
         if at.row.unit == "images":
             name = "load_run" if at.asked_rate is None else "run_at_rate"
-            asked = "" if at.asked_rate is None else f", {at.asked_rate:g}"
+            asked = "" if at.asked_rate is None else f", {rate_text(at.asked_rate)}"
             print(f"  in Python: from pyra.tasks.runs import {name}; ", end="")
             print(f"model, options, labels = {name}({str(at.run)!r}{asked})")
     return 0 if found.chosen else 1

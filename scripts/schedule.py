@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in _said(made):
         print(line)
     print(f"schedule: {','.join(map(str, made.record.schedule))}")
-    print(f"written to {options.output}; next: pyra train --method pyra --schedule {options.output}")
+    print(f"written to {options.output}; next: {shlex.join(_next(options))}")
     return 0
+
+
+def _next(options: ScheduleOptions) -> list[str]:
+    """Return the training that takes the schedule, on the same model at the same size."""
+    line = ["pyra", "train", "--method", options.method, "--schedule", options.output]
+    for name in ("task", "data", "root", "backbone", "checkpoint", "image_size"):
+        value = getattr(options, name)
+        if value is not None and (name, value) != ("backbone", "demo"):
+            line += [f"--{name.replace('_', '-')}", str(value)]
+    if options.run is not None and options.backbone == "demo":
+        line += ["--backbone", "THE-RUN'S"]
+    return line if options.pretrained else [*line, "--no-pretrained"]
 
 
 def _table(made: Made) -> str:
@@ -57,6 +70,8 @@ def _table(made: Made) -> str:
 
 
 def _said(made: Made) -> list[str]:
+    from pyra.tasks.schedules.latency import TOLERANCE
+
     record, lines = made.record, []
     lines.append(f"saves {record.rate:.3f} of the MACs ({record.macs / 1e6:.5g} M of {record.plain_macs / 1e6:.5g} M)")
     if made.timed is not None:
@@ -66,10 +81,13 @@ def _said(made: Made) -> list[str]:
             predicted = f"predicted {1e3 * check.predicted:.4g} ms ({check.predicted_speedup:.2f} x)"
             measured = f"measured {1e3 * check.measured:.4g} ms ({check.speedup:.2f} x)"
             lines.append(f"{name}: {predicted}, {measured}; plain {1e3 * check.plain:.4g} ms, batch {batch}")
-        if not made.timed.met:
+        if made.timed.met:
+            lines.append(f"met, within {TOLERANCE:.0%} of measurement: {made.timed.target.said()}")
+        else:
             lines.append(f"NOT met: {made.timed.target.said()} was asked for")
     if made.searched is not None:
         best, start = made.searched.best, made.searched.trials[0]
         count = len(made.searched.trials)
-        lines.append(f"best of {count} schedules: {best.score:.4f} (the one it started from: {start.score:.4f})")
+        scores = f"{best.score:.2%} (the one it started from: {start.score:.2%})"
+        lines.append(f"best of {count} schedules: {scores}")
     return lines + made.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def _dry_run(options: SweepOptions, runs: list[Planned]) -> int:
     rows = [
         [name, "finished", "", ""]
         if name in done
-        else [name, "", duration(found[name].seconds), _gigabytes(found[name].memory_bytes)]
+        else [name, "to do", duration(found[name].seconds), _gigabytes(found[name].memory_bytes)]
         for name in (planned.name for planned in runs)
     ]
     print(tabulate(rows, ["run", "state", "time", "memory"]))
@@ -81,7 +82,7 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
 
     folder = Path(options.output).expanduser()
     try:
-        progress = sweep(options, Display(runs))
+        progress = sweep(options, Display(runs, folder))
     except (KeyboardInterrupt, SystemExit):
         print(f"what is finished in {folder} is kept; the same line goes on", file=sys.stderr)
         raise
@@ -95,6 +96,9 @@ def _sweep(options: SweepOptions, runs: list[Planned]) -> int:
         print(f"the budget is used up after {took}: {progress.left} runs are left; the same line goes on")
     if (overhead := progress.overhead()) is not None:
         count, took = len(progress.finished), duration(progress.took)
-        print(f"{count} run{'s' * (count != 1)} in {took}, {overhead:.1%} of it outside of runs")
-    print(f"saved to {folder}; next: pyra recommend {folder} --max-drop 1.0")
-    return 1 if progress.failed or progress.left else 0
+        print(f"{count} run{'s' * (count != 1)} in {took}, {overhead:.1%} of it to start workers and to wait")
+    if progress.failed:
+        print("what failed is left as it is; the same line with --retry tries it again")
+    if progress.kept or progress.finished:
+        print(f"saved to {folder}; next: pyra recommend {shlex.quote(str(folder))} --max-drop 1.0")
+    return 1 if progress.failed else 3 if progress.left else 0

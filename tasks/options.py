@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyra.adapters.methods import PEFT_METHODS, peft_config
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
-from pyra.tasks.schedules.record import parse_schedule
+from pyra.tasks.schedules.record import image_size_for, parse_schedule
 
 if TYPE_CHECKING:
     from pyra.config import PyraConfig
@@ -103,6 +103,7 @@ class RunOptions:
         if isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool):
             self.rate = str(self.rate)
         if isinstance(self.schedule, str):  # a run keeps the list: the file may change
+            self.image_size = image_size_for(self.schedule, self.image_size)
             self.schedule = parse_schedule(self.schedule)
         problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:

@@ -44,7 +44,7 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
     ),
     "trial": ("options.json", "data.json", "trial.json", "logs"),
     "experiment": ("experiment.json", "selection.json", "summary.md", "trials", "linear", "seed-*"),
-    "sweep": ("sweep.json", "report.html", "report.md", "front.png", "runs", "failures", "jobs"),
+    "sweep": ("sweep.json", "report.html", "report.md", "front.png", "runs", "failures", "jobs", "pictures"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
     "export": ("model.onnx", "export.json", "speed.json"),
 }
@@ -129,6 +129,31 @@ def staged_output(
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def held_output(
+    folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, resume: bool = False
+) -> Iterator[Path]:
+    """Yield the folder of :func:`claimed_output`, and keep other processes out of it, before anything is removed.
+
+    Raises:
+        OutputError: as of :func:`claimed_output`, and where another process is at work in the folder.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        existing = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle, names that are too long
+        raise OutputError(
+            f"cannot write to {folder}: {' '.join(str(error).split())}; choose another --output"
+        ) from None
+    if existing and _kind_of(folder) == kind:
+        with held(folder):
+            yield claimed_output(folder, kind, overwrite, resume)
+    else:
+        claimed = claimed_output(folder, kind, overwrite, resume)
+        with held(claimed):
+            yield claimed
 
 
 def claimed_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, resume: bool = False) -> Path:

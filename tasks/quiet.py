@@ -8,6 +8,7 @@ import warnings
 
 def quiet_libraries() -> None:
     """Silence progress and advice of the libraries underneath, for command-line use only."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what transformers loads next makes it warn
     import datasets
     import transformers
 

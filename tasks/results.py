@@ -15,6 +15,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,22 @@ def read_result_file(path: Path) -> RunResult:
 
 def evaluation_file(split: str, rate: float | None = None) -> str:
     """Name the file that ``pyra evaluate`` writes: ``evaluation.json``, with what was asked for in its name."""
-    parts = ["evaluation"] + ([split] if split != "test" else []) + ([f"rate-{rate:g}"] if rate is not None else [])
+    parts = (
+        ["evaluation"]
+        + ([split] if split != "test" else [])
+        + ([f"rate-{rate_text(rate)}"] if rate is not None else [])
+    )
     return f"{'-'.join(parts)}.json"
+
+
+def rate_text(rate: float) -> str:
+    """Return a rate as it was written, without an exponent.
+
+    >>> rate_text(0.3), rate_text(0.0), rate_text(5e-05)
+    ('0.3', '0', '0.00005')
+    """
+    text = f"{Decimal(repr(float(rate))):f}"
+    return text.removesuffix(".0")
 
 
 def evaluated_rate(file: Path) -> float | None:

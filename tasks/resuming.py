@@ -18,7 +18,7 @@ from pyra.tasks.output import Kind, put_right, staged_output, unfinished
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DATA, OPTIONS, data_record, stored_options
 
-FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_steps"})
+FREE = frozenset({"output", "overwrite", "resume", "device", "track", "save_steps", "cache"})
 """Options that may differ between the parts of a run."""
 
 

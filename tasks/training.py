@@ -132,7 +132,11 @@ def refuse_output_in_data(options: Placed) -> None:
 
     It would be read as a class next time.
     """
-    output = Path(options.output).expanduser().resolve()
+    try:
+        output = Path(options.output).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        reason = " ".join(str(error).split())
+        raise OutputError(f"cannot write to {options.output}: {reason}; choose another --output") from None
     for flag, given in (("--data", options.data), ("--root", options.root)):
         place = None if given is None else Path(given).expanduser().resolve()
         if place is None:

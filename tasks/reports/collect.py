@@ -5,17 +5,26 @@ from __future__ import annotations
 import datetime
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pyra.errors import DataError, PyraError
 from pyra.tasks.output import unfinished
-from pyra.tasks.results import RESULT_FILE, RunResult, read_result_file
+from pyra.tasks.results import RESULT_FILE, RunResult, evaluated_rate, read_result_file
 
-EVALUATIONS, RATES = "evaluation*.json", "evaluation-rate-*.json"
-"""What ``pyra evaluate`` wrote: all of it, and test splits at a rate of one's own, as of elastic runs."""
+
+def is_evaluation(name: str) -> bool:
+    """Whether a file of this name is one that ``pyra evaluate`` wrote."""
+    return fnmatch(name, "evaluation*.json")
+
+
+def is_rate(name: str) -> bool:
+    """Whether it holds the test split at a rate of its own, as of elastic runs."""
+    return evaluated_rate(Path(name)) is not None
+
+
 _PARTIAL = ".partial-"  # of an output that is being written
 _LARGEST = 2**24  # bytes; a result has a few thousand
 
@@ -46,14 +55,14 @@ class Collection:
     interrupted: list[Path] = field(default_factory=list)
 
 
-def collect(folders: Sequence[str | os.PathLike[str]], also: str | None = None) -> Collection:
+def collect(folders: Sequence[str | os.PathLike[str]], also: Callable[[str], bool] | None = None) -> Collection:
     """Read every ``result.json`` below the folders, at any depth; each file once, in order of path.
 
     Links inside the folders are not followed, and outputs that are being written are left out.
 
     Args:
         folders: to look in; a file counts by itself.
-        also: pattern of further files to read, :data:`EVALUATIONS` or :data:`RATES`.
+        also: which further files to read, :func:`is_evaluation` or :func:`is_rate`.
 
     Raises:
         DataError: a folder that is not there (all of them).
@@ -74,7 +83,7 @@ def collect(folders: Sequence[str | os.PathLike[str]], also: str | None = None) 
     return collection
 
 
-def _files(path: Path, also: str | None, interrupted: list[Path]) -> Iterator[Path]:
+def _files(path: Path, also: Callable[[str], bool] | None, interrupted: list[Path]) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
@@ -83,7 +92,7 @@ def _files(path: Path, also: str | None, interrupted: list[Path]) -> Iterator[Pa
             interrupted += unfinished(home, "run")
         folders[:] = sorted(name for name in folders if not name.startswith(_PARTIAL))
         for name in sorted(names):
-            if name == RESULT_FILE or (also is not None and fnmatch(name, also)):
+            if name == RESULT_FILE or (also is not None and also(name)):
                 file = Path(home, name)
                 if stat.S_ISREG(file.lstat().st_mode):  # a pipe would wait for ever
                     yield file

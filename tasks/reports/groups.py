@@ -20,6 +20,7 @@ _SAME = (
     "selection",
 )  # fmt: skip
 _SHOWN = ("task", "method", "rate", "backbone", "protocol", "split")
+_FOLLOWS = ("macs", "schedule", "rate", "weights_sha256")  # from what was asked for
 _SHORT = 8  # characters of a hash
 _NAMED = 3
 
@@ -173,7 +174,8 @@ def _told_apart(groups: Sequence[Group]) -> list[str]:
         for name in dict.fromkeys(name for one in flat for name in one)
         if len({_text(one.get(name)) for one in flat}) > 1
     ]
-    plain = [name for name in names if not name.startswith("adapter.")] or names  # settings say the same in few words
+    plain = [name for name in names if not name.startswith("adapter.")]  # settings say the same in few words
+    plain = [name for name in plain if name not in _FOLLOWS] or plain or names
     cut = plain[:_NAMED]
     more = "" if len(plain) <= _NAMED else " …"
     return [", ".join(f"{name.rpartition('.')[2]}={_short(one.get(name))}" for name in cut) + more for one in flat]

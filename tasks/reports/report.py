@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyra.errors import ConfigError, DataError, did_you_mean
-from pyra.tasks.reports.collect import EVALUATIONS, Collection, Found, collect
+from pyra.tasks.reports.collect import Collection, Found, collect, is_evaluation
 from pyra.tasks.reports.comparable import missing_probes, warnings
 from pyra.tasks.reports.formats import RENDERERS, Table, clean, markdown_text
 from pyra.tasks.reports.groups import Group, group, majority_groups
@@ -60,7 +60,7 @@ def report(
             raise ConfigError(f"--{name} {value!r}{did_you_mean(value, allowed)}: one of {', '.join(allowed)}")
     across = None if by is None else dimensions(by)
     wanted = filters(where)
-    collection = collect(folders, EVALUATIONS if evaluations else None)
+    collection = collect(folders, is_evaluation if evaluations else None)
     skipped = skipped_note(collection) + _interrupted(collection)
     if not collection.found:
         more = f" ({'; '.join(skipped)})" if skipped else ""

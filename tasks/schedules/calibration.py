@@ -119,7 +119,7 @@ def calibrate(
     similarity = pair_similarity(model, images, config, batch_size)
     merging = private_copy(model)
     drift = np.zeros((sizes.depth, len(shares)))
-    with tqdm(total=len(images) * (1 + drift.size), desc="calibrating", unit="image", leave=False) as bar:
+    with tqdm(total=len(images) * (1 + drift.size), desc="calibrating", unit="image", leave=False, disable=None) as bar:
         plain = [features(merging, part) for part in _batches(images, batch_size, bar)]
         if not all(bool(torch.isfinite(part).all()) for part in plain):
             raise DataError("the model's features of the calibration images are not finite")

@@ -176,7 +176,7 @@ def measure_costs(
                 jobs[f"{shape}/{count}/{part}"] = _layer_job(layer, removed, stream, more, named)
         for part, removed in enumerate(_steps(sizes.tokens, sizes)):
             jobs[f"{shape}/first/{part}"] = _layer_job(layer, removed, TokenStream(first), more, named)
-    with tqdm(total=(rounds + 1) * len(jobs), desc="timing layers", unit="turn", leave=False) as bar:
+    with tqdm(total=(rounds + 1) * len(jobs), desc="timing layers", unit="turn", leave=False, disable=None) as bar:
         ticking = {name: _ticking(job, bar) for name, job in jobs.items()}
         seconds = {name: spread.p20 for name, spread in spreads(ticking, rounds, device=images.device).items()}
     times = [

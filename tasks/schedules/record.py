@@ -57,6 +57,41 @@ def read_schedule(path: str | Path) -> list[int]:
     Raises:
         ConfigError: for a file that is none, in one line.
     """
+    schedule: list[int] = _read(path)["schedule"]
+    return schedule
+
+
+def image_size_for(text: str, asked: int | None) -> int | None:
+    """Return the side of the images that a schedule is for, where it is a file made for another than the model's own.
+
+    Args:
+        text: of the option ``--schedule``.
+        asked: the side that was asked for, or None.
+
+    Raises:
+        ConfigError: where that is another: the schedule would save another share.
+    """
+    if not _is_file(text):
+        return asked
+    values = _read(text)
+    options, side = values.get("options"), values.get("image_size")
+    given = options.get("image_size") if isinstance(options, dict) else None
+    if asked is not None and isinstance(side, int) and asked != side:
+        raise ConfigError(
+            f"{text} was made for images of {side} pixels, --image-size asks for {asked}: leave that out, or make a "
+            "schedule for it"
+        )
+    return asked if asked is not None or not isinstance(given, int) else given
+
+
+def _is_file(text: str) -> bool:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if all(part.lstrip("+-").isdigit() for part in parts):
+        return False
+    return text.lower().endswith(".json") or Path(text).is_file()
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         values = read_json(Path(path).expanduser())
     except (OSError, ValueError) as error:
@@ -66,7 +101,8 @@ def read_schedule(path: str | Path) -> list[int]:
         raise ConfigError(f"{path} holds no schedule: give a file that `pyra schedule` wrote")
     if isinstance(values.get("format"), int) and values["format"] > FORMAT:
         raise ConfigError(f"{path} has format {values['format']}, newer than this library's ({FORMAT}): upgrade it")
-    return schedule
+    found: dict[str, Any] = values
+    return found
 
 
 def parse_schedule(text: str) -> list[int]:
@@ -82,7 +118,7 @@ def parse_schedule(text: str) -> list[int]:
     try:
         return [int(part) for part in parts]
     except ValueError:
-        if text.lower().endswith(".json") or Path(text).is_file():
+        if _is_file(text):
             return read_schedule(text)
         wrong = next(part for part in parts if not part.lstrip("+-").isdigit())
         raise ConfigError(

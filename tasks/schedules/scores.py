@@ -64,7 +64,7 @@ def features_of(model: nn.Module, data: ImageDataset, batch_size: int = 32, name
     like = next(model.parameters())
     parts = [
         pooled_features(model, batch["pixel_values"].to(like.device, like.dtype)).float().cpu()
-        for batch in tqdm(DataLoader(data, batch_size=batch_size), desc=name, unit="batch", leave=False)
+        for batch in tqdm(DataLoader(data, batch_size=batch_size), desc=name, unit="batch", leave=False, disable=None)
     ]
     return torch.cat(parts)
 
@@ -130,7 +130,9 @@ class RunScore:
         like = next(self.model.parameters())
         answers: list[int] = []
         with torch.inference_mode():
-            for batch in tqdm(DataLoader(self.data, batch_size=self.batch_size), desc="scoring", leave=False):
+            for batch in tqdm(
+                DataLoader(self.data, batch_size=self.batch_size), desc="scoring", leave=False, disable=None
+            ):
                 answers += self.model(batch["pixel_values"].to(like.device, like.dtype)).argmax(-1).tolist()
         return value_of(answers, self.data.labels, self.metric)
 

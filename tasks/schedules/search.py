@@ -7,6 +7,7 @@ candidate costs the same and differs in where it merges. Optuna is an optional d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pyra.errors import ConfigError, DataError
+from pyra.files import atomic_path
 from pyra.matching import removable
 from pyra.tasks.schedules.costs import Costs, total
 from pyra.tasks.schedules.latency import UnreachableError
@@ -155,7 +157,7 @@ def search_schedule(
     first = [Trial(list(one), scored(list(one)), None) for one in start]
     study.set_user_attr("scored", {_key(trial.schedule): trial.score for trial in first})
     done = sum(each.state == state.COMPLETE for each in study.get_trials(deepcopy=False))
-    for number in tqdm(range(done, trials), desc="searching", unit="trial", leave=False):
+    for number in tqdm(range(done, trials), desc="searching", unit="trial", leave=False, disable=None):
         # A sampler of its own for each trial: one that is made anew after a stop would repeat its proposals.
         study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + number, n_startup_trials=min(8, trials // 2))
         trial = study.ask()
@@ -186,8 +188,31 @@ def _optuna() -> Any:
     return optuna
 
 
+def _mend(file: Path) -> None:
+    """Cut a line off that was not written to its end, as a process was killed; the trials before it stay.
+
+    Raises:
+        DataError: for a file that is no journal of Optuna.
+    """
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        entries = [json.loads(line) for line in whole.splitlines()]
+        sound = all(isinstance(one, dict) and type(one.get("op_code")) is int for one in entries)
+    except ValueError:
+        sound = False
+    if not sound or (content and not whole):
+        raise DataError(f"{file} is no journal of a search: remove it")
+    if whole != content:
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(whole)
+
+
 def _study(optuna: Any, file: Path, higher_is_better: bool, asked: dict[str, Any]) -> Any:
     file.parent.mkdir(parents=True, exist_ok=True)
+    _mend(file)
     try:
         backend = optuna.storages.journal.JournalFileBackend(str(file))
         study = optuna.create_study(
@@ -197,7 +222,7 @@ def _study(optuna: Any, file: Path, higher_is_better: bool, asked: dict[str, Any
             load_if_exists=True,
         )
         found = study.user_attrs.get("settings")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError, IndexError) as error:  # whatever it makes of odd entries
         raise DataError(f"{file} is no journal of a search ({' '.join(str(error).split())}): remove it") from None
     if found is not None and found != asked:
         changed = sorted(name for name in {*found, *asked} if found.get(name) != asked.get(name))

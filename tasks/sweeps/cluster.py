@@ -43,9 +43,7 @@ class RayExecutor:
         except (ConnectionError, TimeoutError, RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"--address {address or 'of a new cluster'}: Ray cannot be reached: {reason}") from None
-        total = ray.cluster_resources()
-        fits = int(total.get("CPU", 0) // cpus) if cpus else 10_000
-        fits = min(fits, int(total.get("GPU", 0) // gpus)) if gpus else fits
+        fits = sum(_fits(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"])
         if fits < 1:
             ray.shutdown()
             raise ConfigError(f"no node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for a run")
@@ -82,6 +80,12 @@ class RayExecutor:
             self._ray.cancel(reference, force=True)
         self._running.clear()
         self._ray.shutdown()
+
+
+def _fits(resources: dict[str, float], cpus: float, gpus: float) -> int:
+    """Return how many runs a node can do at a time."""
+    most = int(resources.get("CPU", 0) // cpus) if cpus else 10_000
+    return min(most, int(resources.get("GPU", 0) // gpus)) if gpus else most
 
 
 def _refuse_unreachable(address: str | None) -> None:

@@ -6,6 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyra.tasks.results import rate_text
+
 PLACE = "RUN_FOLDER"
 _USE = f"""import torch
 from PIL import Image
@@ -44,12 +46,16 @@ def commands(unit: str, run: Path | None = None, rate: float | None = None) -> l
         run: its folder; without one its place says :data:`PLACE`.
         rate: to set on its model; None leaves the run's own.
     """
-    shell = PLACE if run is None else shlex.quote(str(run))
-    asked = "" if rate is None else f" --rate {rate:g}"
+    shell = PLACE if run is None else shlex.quote(f"./{run}" if str(run).startswith("-") else str(run))
+    asked = "" if rate is None else f" --rate {rate_text(rate)}"
     found = [Command("Evaluate", "sh", f"pyra evaluate {shell}{asked}")]
     if unit == "images":
-        use = _USE if run is None else _USE.replace(PLACE, repr(str(run)))
-        use = use if rate is None else use.replace("load_run", "run_at_rate").replace(")\nhow", f", {rate:g})\nhow")
+        use = (
+            _USE
+            if rate is None
+            else _USE.replace("load_run", "run_at_rate").replace(PLACE, f"{PLACE}, {rate_text(rate)}")
+        )
+        use = use if run is None else use.replace(PLACE, repr(str(run)))
         found += [
             Command("Export", "sh", f"pyra export {shell}{asked} --format onnx"),
             Command("Use in Python", "python", use),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import TextIO
 
 from tabulate import tabulate
 
+from pyra.tasks.reports.table import metric_name, value_text
+from pyra.tasks.results import read_result
 from pyra.tasks.sweeps.drive import Progress
+from pyra.tasks.sweeps.folder import RUNS
 from pyra.tasks.sweeps.grid import Planned
 
 _REDRAW = 1.0  # seconds
@@ -19,12 +24,13 @@ class Display:
 
     Args:
         runs: of the sweep.
+        folder: of the sweep, in which the scores of what was finished before are read.
         out: where to; a terminal is redrawn.
     """
 
-    def __init__(self, runs: list[Planned], out: TextIO = sys.stderr) -> None:
+    def __init__(self, runs: list[Planned], folder: Path, out: TextIO = sys.stderr) -> None:
+        self._folder, self._before = folder, dict[str, float]()
         self._labels = {planned.name: _label(planned) for planned in runs}
-        self._names = {planned.name for planned in runs}
         self._out, self._live = out, out.isatty()
         self._lines, self._drawn, self._said = 0, 0.0, set[str]()
         self._begun = False
@@ -33,7 +39,12 @@ class Display:
         """Show what has changed."""
         if not self._begun:
             self._begun = True
-            kept = f", {progress.kept} of them finished before" if progress.kept else ""
+            kept = f", {len(progress.kept)} of them finished before" if progress.kept else ""
+            if progress.before:
+                kept += f", {len(progress.before)} failed before (--retry tries them again)"
+                self._said.update(progress.before)
+            if self._live:
+                self._before = {name: read_result(self._folder / RUNS / name).value for name in progress.kept}
             print(f"{progress.total} run{'s' * (progress.total != 1)}{kept}", file=self._out, flush=True)
         if self._live:
             if time.monotonic() - self._drawn >= _REDRAW or not progress.left:
@@ -41,33 +52,41 @@ class Display:
             return
         for name, outcome in progress.finished.items():
             if name not in self._said and outcome.result is not None:
-                self._say(name, f"{100 * outcome.result.value:.1f} {outcome.result.metric}", progress)
+                metric, value = outcome.result.metric, outcome.result.value
+                self._say(name, f"{metric_name(metric)} {value_text(metric, value)}", progress)
         for name, reason in progress.failed.items():
             if name not in self._said:
                 self._say(name, f"FAILED: {reason}", progress)
 
     def _say(self, name: str, what: str, progress: Progress) -> None:
         self._said.add(name)
-        done = progress.kept + len(progress.finished) + len(progress.failed)
+        done = progress.total - progress.left
         print(f"[{done}/{progress.total}] {name}: {what}; {left(progress)}", file=self._out, flush=True)
 
     def _draw(self, progress: Progress) -> None:
-        rows = []
+        values = {**self._before}
+        values |= {name: one.result.value for name, one in progress.finished.items() if one.result is not None}
+        rows: list[list[object]] = []
+        open_rows: list[list[object]] = []
         for label in dict.fromkeys(self._labels.values()):
-            names = [name for name in self._names if self._labels[name] == label]
-            done = [progress.finished[name].result for name in names if name in progress.finished]
-            values = [result.value for result in done if result is not None]
+            names = [name for name in self._labels if self._labels[name] == label]
+            done = [values[name] for name in names if name in values]
             under_way = sum(name in progress.running for name in names)
             failed = sum(name in progress.failed for name in names)
-            mean = f"{100 * sum(values) / len(values):.1f}" if values else ""
-            rows.append([*label, len(names), len(values), under_way or "", failed or "", mean])
-        headers = ["method", "rate", "runs", "done now", "running", "failed", "mean (%)"]
-        text = tabulate(rows, headers) + f"\n{left(progress)}"
+            mean = f"{100 * sum(done) / len(done):.1f}" if done else ""
+            rows.append([*label, f"{len(done)}/{len(names)}", under_way or "", failed or "", mean])
+            open_rows += rows[-1:] if len(done) + failed < len(names) else []
+        headers = ["method", "rate", "done", "running", "failed", "mean (%)"]
+        size = shutil.get_terminal_size()
+        room = max(size.lines - 5, 3)
+        if len(rows) > room:  # what is under way or still to come
+            rows = (open_rows or rows)[:room]
+        lines = [*tabulate(rows, headers, disable_numparse=True).splitlines(), left(progress)]
         if self._lines:
             self._out.write(f"\x1b[{self._lines}F\x1b[J")
-        self._out.write(text + "\n")
+        self._out.write("".join(f"{line[: size.columns - 1]}\n" for line in lines))
         self._out.flush()
-        self._lines, self._drawn = text.count("\n") + 1, time.monotonic()
+        self._lines, self._drawn = len(lines), time.monotonic()
 
 
 def left(progress: Progress) -> str:

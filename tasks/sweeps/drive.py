@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from pyra.tasks.output import claimed_output, held
-from pyra.tasks.runs import resolve_device, stored_options, task_for
+from pyra.errors import DataError
+from pyra.files import read_json
+from pyra.tasks.output import held_output
+from pyra.tasks.results import read_result
+from pyra.tasks.runs import DATA, data_record, resolve_device, stored_options, task_for
 from pyra.tasks.sweeps.failures import FAILURES, HALVED, failure_file, forget_failure, kind_of_failure, note_failure
-from pyra.tasks.sweeps.folder import JOBS, RUNS, discard_unfinished, run_folder, state, write_options
+from pyra.tasks.sweeps.folder import JOBS, RUNS, discard_unfinished, is_finished, run_folder, state, write_options
 from pyra.tasks.sweeps.grid import Planned, SweepOptions
 from pyra.tasks.sweeps.work import Outcome, Work
-from pyra.tasks.training import refuse_output_in_data
+from pyra.tasks.training import data_options, refuse_output_in_data
 
 _PATIENCE = 0.5  # seconds between two looks at the clock
 
@@ -43,9 +47,10 @@ class Progress:
 
     Attributes:
         total: runs.
-        kept: of them, finished before this start.
+        kept: names of those that were finished before this start.
         finished: names and outcomes of those that finished since.
         failed: names and reasons of those that failed, before and since.
+        before: names of those that failed before.
         running: names of those under way.
         took: seconds of this start.
         within: seconds that workers spent within runs, of those that ended since.
@@ -54,9 +59,10 @@ class Progress:
     """
 
     total: int
-    kept: int = 0
+    kept: list[str] = field(default_factory=list)
     finished: dict[str, Outcome] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    before: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
     took: float = 0.0
     within: float = 0.0
@@ -66,11 +72,14 @@ class Progress:
     @property
     def left(self) -> int:
         """Runs that have neither finished nor failed."""
-        return self.total - self.kept - len(self.finished) - len(self.failed)
+        return self.total - len(self.kept) - len(self.finished) - len(self.failed)
 
     def seconds_left(self) -> float | None:
         """Guess from what finished since the start; None before anything did."""
-        return self.took / len(self.finished) * self.left if self.finished else None
+        if not self.finished:
+            return None
+        each = self.within / len(self.finished) or self.took / len(self.finished)
+        return each * self.left / max(self.at_once, 1)
 
     def overhead(self) -> float | None:
         """Return the share of the workers' time that was spent outside of runs; None where nothing finished."""
@@ -92,14 +101,15 @@ def sweep(options: SweepOptions, tell: Callable[[Progress], None] = lambda _: No
     """
     runs = options.runs()
     check(runs)
-    folder = claimed_output(options.output, "sweep", options.overwrite, resume=not options.overwrite)
-    with held(folder):
+    with held_output(options.output, "sweep", options.overwrite, resume=not options.overwrite) as folder:
         for name in (RUNS, FAILURES):
             (folder / name).mkdir(exist_ok=True)
         write_options(folder, options)
         now = state(folder, runs, options.retry)
-        progress = Progress(len(runs), kept=len(now.finished))
-        progress.failed = {planned.name: "failed before; --retry tries again" for planned in now.failed}
+        refuse_other_data(folder, now.finished)
+        progress = Progress(len(runs), kept=[planned.name for planned in now.finished])
+        progress.before = [planned.name for planned in now.failed]
+        progress.failed = dict.fromkeys(progress.before, "failed before")
         tell(progress)
         if now.waiting:
             executor = executor_for(options, folder)
@@ -107,14 +117,37 @@ def sweep(options: SweepOptions, tell: Callable[[Progress], None] = lambda _: No
                 _drive(executor, folder, now.waiting, progress, options.budget_seconds(), tell)
             finally:
                 executor.stop()
+            for planned in now.waiting:  # a run may end while the executor does
+                if planned.name in progress.running and is_finished(folder, planned):
+                    progress.finished[planned.name] = Outcome(read_result(run_folder(folder, planned)))
+            if progress.cut:
+                progress.running = []
+                tell(progress)
     return progress
 
 
 def check(runs: list[Planned]) -> None:
     """Find what is wrong with task and output before the first run begins."""
     first = runs[0].options
+    resolve_device(first.device)
     refuse_output_in_data(first)
     task_for(first)
+
+
+def refuse_other_data(folder: Path, finished: list[Planned]) -> None:
+    """Raise :class:`DataError` where a finished run was made from other data than its task has now."""
+    records: dict[object, Any] = {}
+    for planned in finished:
+        options = planned.options
+        key = data_options(options)
+        if key not in records:
+            records[key] = data_record(task_for(options))
+        own = run_folder(folder, planned)
+        if (own / DATA).is_file() and read_json(own / DATA) != records[key]:
+            raise DataError(
+                f"{own} was made from other data of {records[key]['task']} than there is now: put the data back, give "
+                "another --output, or --overwrite"
+            )
 
 
 def executor_for(options: SweepOptions, folder: Path) -> Executor:
@@ -137,7 +170,8 @@ def executor_for(options: SweepOptions, folder: Path) -> Executor:
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     slots = options.workers or (len(devices) if device.type == "cuda" else 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(cores // slots, 1)
+    asked = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))  # a list is of nested levels
+    threads = (int(asked[0]) if asked else 0) or max(cores // slots, 1)
     return LocalExecutor(slots, devices, threads, folder / JOBS)
 
 
@@ -184,6 +218,8 @@ def _drive(
                 forget_failure(folder, work.name)
                 progress.finished[work.name] = outcome
             else:
+                if work.halved:  # a later try has the whole batch, which does not go on with half of it
+                    discard_unfinished(folder, planned)
                 note_failure(folder, work.name, outcome.kind, outcome.error, stored)
                 progress.failed[work.name] = outcome.error
         progress.took = time.monotonic() - started

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from pyra.tasks.options import RunOptions
@@ -36,7 +37,10 @@ def kind_of(planned: Planned) -> str:
 def probe_apart(planned: Planned) -> Estimate:
     """Probe a run in a process of its own, which has its own memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(probe, planned.options).result()
+        try:
+            return pool.submit(probe, planned.options).result()
+        except BrokenProcessPool:
+            raise MemoryError(f"the process that tried {planned.name} was killed") from None
 
 
 def probe(options: RunOptions) -> Estimate:
@@ -51,7 +55,9 @@ def probe(options: RunOptions) -> Estimate:
     device = resolve_device(options.device)
     task = task_for(options)
     meter = Meter(device).start()
+    started = time.perf_counter()
     model = new_model(options, len(task.labels)).to(device).train()
+    seconds = time.perf_counter() - started
     side = preprocessing(model).image_size
     images = torch.randn(options.batch_size, 3, side, side, device=device)
     labels = torch.arange(options.batch_size, device=device) % len(task.labels)
@@ -76,7 +82,7 @@ def probe(options: RunOptions) -> Estimate:
     counts = [len(task.splits[name]) for name in ("train", "test")]
     trains, tests = (count if options.limit is None else min(count, options.limit) for count in counts)
     passes = options.epochs if options.method != "linear" else 0  # a probe trains on stored features
-    seconds = passes * trains / options.batch_size * a_step
+    seconds += passes * trains / options.batch_size * a_step
     seconds += (tests + (trains if options.method == "linear" else 0)) / options.batch_size * a_forward
     return Estimate(seconds + _TEST_FORWARDS * a_forward, meter.stop().peak_memory_bytes)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pyra.files import read_json, write_json
+from pyra.tasks.options import RunOptions
 from pyra.tasks.results import RESULT_FILE
 
 FAILURES = "failures"
+_USUAL = {one.name: one.default for one in fields(RunOptions)} | {"resume": True, "track": [], "task": None}
+_LONGEST = 200  # characters of a name
 HALVED = "halved"
 """Kind of a failure for memory that is not the end of its run, which goes on with half the batch, whatever comes."""
 
@@ -66,10 +69,11 @@ def read_failures(folder: Path) -> list[Failure]:
             found.append(Failure(file.stem, "", f"{file.name} cannot be read", ""))
             continue
         run = str(stored.get("run", file.stem))
+        run = file.stem if "/" in run or len(run) > _LONGEST else run
         if not any((folder / place / RESULT_FILE).is_file() for place in (run, f"runs/{run}")):
             options = stored.get("options")
             named = options.items() if isinstance(options, dict) else ()
-            text = ", ".join(f"{name}={value}" for name, value in named if value is not None)
+            text = ", ".join(f"{name}={value}" for name, value in named if value not in (_USUAL.get(name), None))
             error = " ".join(str(stored.get("error", "")).split())
             found.append(Failure(run, text, error, str(stored.get("when", ""))))
     return found

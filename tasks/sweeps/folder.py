@@ -14,9 +14,10 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from pyra.errors import PyraError
 from pyra.files import write_json
 from pyra.tasks.output import unfinished
-from pyra.tasks.results import RESULT_FILE, evaluation_file
+from pyra.tasks.results import RESULT_FILE, evaluation_file, read_result_file
 from pyra.tasks.sweeps.failures import HALVED, failure_file, kind_of_failure
 from pyra.tasks.sweeps.grid import Planned, SweepOptions
 
@@ -41,7 +42,16 @@ def is_finished(folder: Path, planned: Planned) -> bool:
     """Whether a run is complete, with all that an elastic one is scored at."""
     own = run_folder(folder, planned)
     files = [RESULT_FILE, *(evaluation_file("test", rate) for rate in planned.rates)]
-    return all((own / file).is_file() for file in files)
+    return all(holds_result(own / file) for file in files)
+
+
+def holds_result(file: Path) -> bool:
+    """Whether a file is there and holds a result: one that was damaged is made again, or told."""
+    try:
+        read_result_file(file)
+    except PyraError:
+        return False
+    return True
 
 
 def state(folder: Path, runs: list[Planned], retry: bool = False) -> State:

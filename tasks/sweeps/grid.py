@@ -15,11 +15,11 @@ from pyra.errors import ConfigError, did_you_mean
 from pyra.records import option, type_problems
 from pyra.tasks.options import MERGING, METHODS, RunOptions
 from pyra.tasks.protocols.options import combinations
-from pyra.tasks.resuming import FREE
-from pyra.tasks.runs import stored_options
+from pyra.tasks.results import rate_text
 
 EXECUTORS = ("local", "ray", "slurm")
 MOST_RUNS = 100_000
+_LARGEST = 10**6
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
 
@@ -67,6 +67,10 @@ class SweepOptions(RunOptions):
             problems.append(f"--executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
         if self.address is not None and self.executor != "ray":
             problems.append("--address goes with --executor ray")
+        if self.executor == "local" and (self.cpus != 1 or self.gpus):
+            problems.append(
+                "--cpus and --gpus go with --executor ray or slurm: here each GPU is one run's, or see --workers"
+            )
         if not self.output.strip():
             problems.append("--output is empty; give a folder")
         for question in (self.budget_seconds, self.methods, self.axis, lambda: next(iter(self._made()), None)):
@@ -100,6 +104,11 @@ class SweepOptions(RunOptions):
             ConfigError: for rates that are no numbers in [0, 1), a rate twice, an empty range, or rates without use.
         """
         merging = [name for name in self.methods() if name in MERGING]
+        for name in ("elastic", "distill"):
+            if getattr(self, name) and "pyra" not in merging:
+                raise ConfigError(f"--{name} is for pyra, and --method does not name it")
+        if self.elastic and self.rate is None:
+            raise ConfigError("--elastic needs --rate, with at least two rates: one training serves all of them")
         if self.rate is None:
             if merging and self.schedule is None:
                 raise ConfigError(f"--method {','.join(merging)} needs --rate, such as 0.3,0.5,0.7 or 0:0.8:0.1")
@@ -111,8 +120,8 @@ class SweepOptions(RunOptions):
         found = [rate for part in str(self.rate).split(",") for rate in _range(part.strip())]
         wrong = [rate for rate in found if not 0 <= rate < 1]
         if wrong:
-            raise ConfigError(f"--rate must lie in [0, 1), got {', '.join(f'{rate:g}' for rate in wrong)}")
-        _once("--rate", [f"{rate:g}" for rate in found])
+            raise ConfigError(f"--rate must lie in [0, 1), got {', '.join(map(rate_text, wrong))}")
+        _once("--rate", [rate_text(rate) for rate in found])
         if self.elastic and len(found) < 2:
             raise ConfigError("--elastic needs at least two rates: one training serves all of them")
         return sorted(found)
@@ -163,9 +172,13 @@ class SweepOptions(RunOptions):
                      "scaled_gates": False}]  # fmt: skip
         gates = {"scaled_gates": self.scaled_gates and method == "pyra"}
         if self.elastic and method == "pyra":
-            return [{"rate": f"{axis[0]:g}:{axis[-1]:g}", **gates}]
+            return [{"rate": f"{rate_text(axis[0])}:{rate_text(axis[-1])}", **gates}]
         plain = {"elastic": False, "distill": False, **gates}
-        return [{"rate": f"{rate:g}", **plain} for rate in axis] or [{"rate": None, **plain}]
+        # At rate 0 nothing merges: it is what lora is, which takes the same place on the axis.
+        known = "lora" in self.methods() and self.peft in (None, "lora")
+        if not axis:
+            return [{"rate": None, **plain}]
+        return [{"rate": rate_text(rate), **plain} for rate in axis if rate or not known]
 
     def _planned(self, seed: int, axis: list[float], changes: dict[str, Any]) -> Planned:
         values = {one.name: getattr(self, one.name) for one in fields(RunOptions)}
@@ -189,6 +202,9 @@ class Planned:
     @property
     def address(self) -> str:
         """Twelve hexadecimal digits of what the run does; neither of where nor of when."""
+        from pyra.tasks.resuming import FREE  # with torch, which wrong options need not wait for
+        from pyra.tasks.runs import stored_options
+
         stored = stored_options(self.options)
         does = {name: value for name, value in stored.items() if name not in FREE}
         text = json.dumps([does, self.rates], sort_keys=True, default=list)
@@ -207,11 +223,16 @@ def _range(text: str) -> list[float]:
         parts = [Decimal(part) for part in text.split(":")]
     except InvalidOperation:
         raise ConfigError(f"--rate {text!r} is no number and no first:last:step") from None
-    if len(parts) == 1 and parts[0].is_finite():
-        return [float(parts[0])]
-    if len(parts) != 3 or not all(part.is_finite() for part in parts):
-        raise ConfigError(f"--rate {text!r} is no number and no first:last:step")
+    if len(parts) not in (1, 3) or not all(part.is_finite() for part in parts):
+        hint = f", such as {text}:0.1" if len(parts) == 2 else ""
+        raise ConfigError(f"--rate {text!r} is no number and no first:last:step{hint}")
+    if max(map(abs, parts)) > _LARGEST:  # and no arithmetic with a million digits
+        raise ConfigError(f"--rate must lie in [0, 1), got {text[:40]}")
+    if len(parts) == 1:
+        return [abs(float(parts[0])) if not parts[0] else float(parts[0])]
     first, last, step = parts
+    if 0 < step < 1 / _LARGEST:
+        raise ConfigError(f"--rate {text[:40]} holds too many rates: take a larger step")
     if step <= 0 or last < first:
         raise ConfigError(f"--rate {text} is empty: it starts at the first, ends at the last, and the step is above 0")
     count = math.floor((last - first) / step) + 1

@@ -258,7 +258,7 @@ function quoted(run, language) {
 }
 
 function command(does, language, text, run) {
-  const block = make("pre", { tabindex: 0 }, text.replaceAll(place, quoted(run, language)));
+  const block = make("pre", { tabindex: 0 }, text.replaceAll(place, () => quoted(run, language)));
   const line = make("div", { class: "command" }), copy = make("button", { type: "button", "aria-label": `Copy: ${does}` }, "Copy");
   copy.addEventListener("click", async () => {
     getSelection().selectAllChildren(block);
@@ -337,6 +337,7 @@ function write() {
   if (state.context) parts.push(`task=${state.context}`);
   if (state.methods.size < methods.length) parts.push(`method=${[...state.methods].map(k => encodeURIComponent(methods[k])).join(",")}`);
   if (state.low > LOW || state.high < HIGH) parts.push(`rate=${state.low}:${state.high}`);
+  if (state.point !== null) parts.push(`point=${state.point}`);
   if (state.sort) parts.push(`sort=${state.down ? "-" : ""}${state.sort}`);
   try { history.replaceState(null, "", `#${parts.join("&")}`); } catch { /* some viewers forbid it; the page works on */ }
 }

@@ -16,7 +16,7 @@ _SHOWN, _MADE, _IMAGES = 6, 3, 2
 
 def existing_pictures(folder: Path) -> list[Path]:
     """Return the first few of ``pictures/*.png``."""
-    return sorted((folder / PICTURES).glob("*.png"))[:_SHOWN]
+    return sorted(file for file in (folder / PICTURES).glob("*.png") if file.is_file())[:_SHOWN]
 
 
 def make_pictures(points: Sequence[Point], folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyra.tasks.reports.groups import Group, differences, seeds_text, shown
+from pyra.tasks.reports.groups import Group, seeds_text, shown
 from pyra.tasks.reports.summary import value_cell, value_header
 from pyra.tasks.reports.table import macs_unit, number_text
 from pyra.tasks.results import RunResult, evaluated_rate
@@ -32,7 +32,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Point:
-    """A group of runs with the means of what was measured; a speed of several devices or batches has no mean."""
+    """A group of runs with the means of what was measured; a speed of several devices or batches has no mean.
+
+    ``told`` says how it differs from points of the same method and rate, where there are any.
+    """
 
     group: Group
     speed: float | None
@@ -40,6 +43,7 @@ class Point:
     macs: float
     parameters: float
     memory: float | None
+    told: str = ""
 
     @property
     def row(self) -> RunResult:
@@ -49,7 +53,8 @@ class Point:
     @property
     def name(self) -> str:
         """Method and rate, as plots call it."""
-        return f"{self.row.method} {self.row.rate:.2f}" if self.compressed else self.row.method
+        text = f"{self.row.method} {self.row.rate:.2f}" if self.compressed else self.row.method
+        return f"{text} ({self.told})" if self.told else text
 
     @property
     def compressed(self) -> bool:
@@ -77,8 +82,8 @@ class Point:
         return replace(self.row, value=self.group.mean, images_per_second=self.speed, speedup=self.speedup)
 
 
-def point(one: Group) -> Point:
-    """Average a group."""
+def point(one: Group, told: str = "") -> Point:
+    """Average a group, and call it what :func:`pyra.tasks.reports.groups.differences` says of it."""
     return Point(
         one,
         one.average("images_per_second") if len(one.devices()) == 1 else None,
@@ -86,19 +91,23 @@ def point(one: Group) -> Point:
         one.average("macs") or 0.0,
         one.average("trained_parameters") or 0.0,
         one.average("peak_memory_bytes"),
+        told,
     )
 
 
 def costs(points: Sequence[Point]) -> list[Cost]:
     """Return every way to count costs, in units that suit these points."""
     unit, size = macs_unit([one.row for one in points])
-    return [
+    ways = [
         Cost("speed", speed_title(points), True, "faster", lambda one: one.speed),
         Cost("speedup", "speed-up over the unmerged backbone (x)", True, "faster", lambda one: one.speedup),
         Cost("macs", f"MACs of one input ({unit})", False, "fewer", lambda one: one.macs / size),
         Cost("parameters", "trained parameters", False, "fewer", lambda one: one.parameters),
         Cost("memory", "peak memory of the run (GB)", False, "less", lambda one: one.memory and one.memory / 1e9),
     ]
+    if len(plain_speeds(points)) == 1:  # of one model, speed-ups say the same and are measured in turns
+        ways[:2] = ways[1::-1]
+    return ways
 
 
 def speed_title(points: Sequence[Point]) -> str:
@@ -127,7 +136,7 @@ def columns(points: Sequence[Point]) -> list[Column]:
         texts = [shown(one, name) for one in groups]
         if len(set(texts)) > 1 or any("chosen on the test split" in text for text in texts):
             made.append(Column(name, name, texts, left=True))
-    different = differences(groups)
+    different = [one.told for one in points]
     if any(different):
         made.append(Column("with", "with", different, left=True))
     header, named = value_header(groups)
@@ -136,10 +145,10 @@ def columns(points: Sequence[Point]) -> list[Column]:
     made += [
         Column("rate", "rate", [shown(one, "rate") for one in groups]),
         Column("value", header, [value_cell(one, named) for one in groups]),
-        Column("seeds", "seeds", [seeds_text(one) for one in groups]),
-        Column("speed", speed_title(points), [number_text(one.speed) for one in points]),
         Column("speedup", "speed-up", ["-" if one.speedup is None else f"{one.speedup:.2f}x" for one in points]),
+        Column("speed", speed_title(points), [number_text(one.speed) for one in points]),
         Column("macs", f"MACs ({unit})", [number_text(one.macs / size) for one in points]),
+        Column("seeds", "seeds", [seeds_text(one) for one in groups]),
         Column("parameters", "trained parameters", [f"{one.parameters:,.0f}" for one in points]),
         Column("memory", "peak memory (GB)", [number_text(value) for value in memory]),
     ]

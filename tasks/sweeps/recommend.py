@@ -11,10 +11,10 @@ from typing import Any
 from pyra.errors import ConfigError, DataError
 from pyra.tasks.comparison import paired_difference, probability_at_least
 from pyra.tasks.metrics import METRICS
-from pyra.tasks.reports.collect import RATES, collect
+from pyra.tasks.reports.collect import collect, is_rate
 from pyra.tasks.reports.comparable import warnings
-from pyra.tasks.reports.formats import Table
-from pyra.tasks.reports.groups import Group, draw_text, group, seeds_text
+from pyra.tasks.reports.formats import Table, clean
+from pyra.tasks.reports.groups import Group, differences, draw_text, group, seeds_text
 from pyra.tasks.reports.paired import NoPairs, paired_answers
 from pyra.tasks.reports.report import filtered, filters, skipped_note
 from pyra.tasks.reports.table import macs_unit, metric_name, number_text, value_text
@@ -91,12 +91,13 @@ def recommend_from(
     if by not in BY:
         raise ConfigError(f"--by {by!r}: one of {', '.join(BY)}")
     wanted = filters(where)
-    collection = collect([folder], RATES)
+    collection = collect([folder], is_rate)
     if not collection.found:
         more = "; ".join(["", *skipped_note(collection)])
         raise DataError(f"no finished run below {folder}{more}: make some with `pyra train --output {folder}/a`")
     groups, notes = group(filtered(collection.found, wanted))
-    found = recommend([point(one) for one in groups], max_drop, by)
+    points = [point(one, told) for one, told in zip(groups, differences(groups), strict=True)]
+    found = recommend(points, max_drop, by)
     return replace(found, notes=[*found.notes, *warnings(groups), *notes, *skipped_note(collection)])
 
 
@@ -136,6 +137,11 @@ def recommend(points: Sequence[Point], max_drop: float, by: str = "speed") -> Re
         if not faster:
             notes.append(f"no point that merges tokens is faster than {reference.name} (by {ranked_by})")
     shown = chosen or nearest
+    for one in (reference, *([] if shown is None or shown.point is reference else [shown.point])):
+        least = one.row.majority_value
+        if least is not None and one.group.mean <= least + 1e-9:
+            value = value_text(one.row.metric, least)
+            notes.append(f"{one.name} is no better than always answering the most frequent class ({value})")
     if shown is not None and shown.point.row.protocol == "published":
         notes.append(f"{shown.point.name} was {PROTOCOLS['published']}: its accuracy is optimistic")
     notes.append("the point was chosen on the images that it is scored on: confirm it on others")
@@ -147,9 +153,10 @@ def _refuse_what_cannot_be_compared(points: Sequence[Point]) -> None:
     if len(contexts) > 1:
         tasks, splits, metrics = (sorted({context[place] for context in contexts}) for place in range(3))
         name, values = next((n, v) for n, v in (("task", tasks), ("metric", metrics), ("split", splits)) if len(v) > 1)
-        listed = "; ".join(f"{task} ({split}, {metric})" for task, split, metric in contexts)
+        listed = clean("; ".join(f"{task} ({split}, {metric})" for task, split, metric in contexts))
         raise ConfigError(
-            f"the runs are of several tasks or metrics ({listed}): choose one, such as --where {name}={values[0]}"
+            f"the runs are of several tasks or metrics ({listed}): choose one, such as --where {name}="
+            f"{clean(values[0])}"
         )
     row = points[0].row
     if row.metric not in METRICS or not row.higher_is_better:
@@ -182,8 +189,10 @@ def _ranking(points: Sequence[Point], by: str) -> tuple[str, Callable[[Point], f
     places = {place for one in points if one.row.images_per_second is not None for place in one.group.devices()}
     notes: list[str] = []
     busy = unsteady(points)
-    if len(places) == 1 and busy is not None and len(plain_speeds(points)) == 1:
+    if busy is not None:
         notes.append(busy)
+    if len(plain_speeds(points)) == 1 and all(one.speedup is not None for one in points):
+        # The same order as that of speeds, and each was measured in turns with the one model that all share.
         name, of = "speed-up", lambda one: one.speedup
     elif len(places) == 1:
         name, of = speed_title(points), lambda one: one.speed
@@ -283,6 +292,10 @@ def _below(drop: float) -> str:
     return f"{abs(drop):.2f} points {'above' if drop < -0.005 else 'below'}"
 
 
+def _signed(number: float) -> str:
+    return f"{round(number, 2) + 0.0:+.2f}"  # no -0.00
+
+
 def _share(probability: float) -> str:
     return "over 0.99" if probability > 0.99 else "under 0.01" if probability < 0.01 else f"{probability:.2f}"
 
@@ -299,10 +312,11 @@ def recommendation_table(found: Recommendation) -> Table:
     lines = []
     for one in shown:
         row, of, sure = one.point.row, one.point.group, one.confidence
+        method = f"{row.method} ({one.point.told})" if one.point.told else row.method
         lines.append([
-            one.role, row.method, f"{row.rate:.2f}", value_text(row.metric, of.mean, of.deviation),
-            "-" if one.role == "reference" else f"{one.drop:+.2f}",
-            "-" if sure is None else f"{sure.low:+.2f} to {sure.high:+.2f}",
+            one.role, method, f"{row.rate:.2f}", value_text(row.metric, of.mean, of.deviation),
+            "-" if one.role == "reference" else _signed(one.drop),
+            "-" if sure is None else f"{_signed(sure.low)} to {_signed(sure.high)}",
             "-" if sure is None else _share(sure.probability), number_text(one.point.speed),
             "-" if one.point.speedup is None else f"{one.point.speedup:.2f}x", number_text(one.point.macs / size),
             seeds_text(of),

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pyra.errors import DataError
 from pyra.files import atomic_path, write_text
-from pyra.tasks.reports.collect import RATES, Collection, collect
+from pyra.tasks.reports.collect import Collection, collect, is_rate
 from pyra.tasks.reports.comparable import warnings
 from pyra.tasks.reports.formats import Table, markdown, markdown_text
-from pyra.tasks.reports.groups import group, majority_groups
+from pyra.tasks.reports.groups import differences, group, majority_groups
 from pyra.tasks.reports.layout import Plot
 from pyra.tasks.reports.png import figure
 from pyra.tasks.reports.report import skipped_note
@@ -42,7 +42,7 @@ def write_report(folder: str | Path, *, pictures: bool = False) -> Path:
         DataError: no such folder, or neither a finished nor a failed run in it.
     """
     folder = Path(folder).expanduser()
-    collection = collect([folder], RATES)
+    collection = collect([folder], is_rate)
     failures = read_failures(folder)
     if not collection.found and not failures:
         more = "; ".join(["", *skipped_note(collection)])
@@ -65,7 +65,7 @@ def write_report(folder: str | Path, *, pictures: bool = False) -> Path:
 def gathered(collection: Collection) -> tuple[list[Point], list[str]]:
     """Return the points of what was found, the best first, and what the reader has to know."""
     groups, notes = group(collection.found)
-    points = best_first([point(one) for one in groups])
+    points = best_first([point(one, told) for one, told in zip(groups, differences(groups), strict=True)])
     majority = [
         f"always answering the most frequent class of {one.row.task} scores {value_text(one.row.metric, one.mean)}"
         for one in majority_groups(groups)

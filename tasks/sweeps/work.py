@@ -70,6 +70,7 @@ def _perform(work: Work, shelf: Shelf | None) -> Outcome:
     import torch
 
     from pyra.tasks.evaluation import evaluate_run
+    from pyra.tasks.sweeps.folder import holds_result
     from pyra.tasks.training import Plan, train
 
     try:
@@ -79,7 +80,7 @@ def _perform(work: Work, shelf: Shelf | None) -> Outcome:
             result = dataclasses.replace(result, note=HALVED)
             write_json(Path(options.output) / RESULT_FILE, result)
         for rate in work.rates:
-            if not (Path(options.output) / evaluation_file("test", rate)).is_file():
+            if not holds_result(Path(options.output) / evaluation_file("test", rate)):
                 evaluate_run(options.output, rate=rate, device=options.device)
         return Outcome(read_result(options.output))
     except TrainingError as error:

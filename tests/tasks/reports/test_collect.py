@@ -9,7 +9,7 @@ import pytest
 
 from pyra.errors import DataError
 from pyra.files import write_json
-from pyra.tasks.reports.collect import EVALUATIONS, collect
+from pyra.tasks.reports.collect import collect, is_evaluation
 
 
 def test_results_at_any_depth_once_and_in_order(tmp_path: Path, make) -> None:
@@ -24,7 +24,7 @@ def test_evaluations_are_read_where_asked_for(tmp_path: Path, make) -> None:
     write_json(tmp_path / "a" / "evaluation-rate-0.5.json", make(seed=1, rate=0.5))
     write_json(tmp_path / "a" / "options.json", {"seed": 1})
     assert len(collect([tmp_path]).found) == 1
-    assert sorted(one.row.rate for one in collect([tmp_path], EVALUATIONS).found) == [0.0, 0.5]
+    assert sorted(one.row.rate for one in collect([tmp_path], is_evaluation).found) == [0.0, 0.5]
 
 
 def test_links_pipes_and_unfinished_outputs_are_left_out(tmp_path: Path, make) -> None:

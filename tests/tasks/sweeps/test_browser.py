@@ -33,7 +33,7 @@ def test_points_are_drawn_without_errors(page: Path) -> None:
     assert seen.errors == []
     count, plot, drawn = seen.probe
     assert count == "5 of 5 points, 3 on the front"
-    assert plot == {"cost": "speed", "points": "5", "front": "3"} and drawn == 5
+    assert plot == {"cost": "speedup", "points": "5", "front": "3"} and drawn == 5
     assert "images/s (batch 16), faster →" in seen.dom and "top-1 (%) ↑" in seen.dom
     labels = re.findall(r'class="label"[^>]*>([^<]*)', seen.dom)
     assert labels == ["pyra 0.70", "pyra 0.50", "lora"]
@@ -46,8 +46,8 @@ def test_points_are_drawn_without_errors(page: Path) -> None:
         ("cost=parameters", "parameters", "5 of 5 points, 2 on the front"),
         ("cost=memory", "memory", "5 of 5 points, 1 on the front"),
         ("cost=speedup&rate=0.6:0.8", "speedup", "2 of 5 points, 1 on the front"),
-        ("cost=none&method=none&rate=x:&task=7&sort=none&point=99", "speed", "5 of 5 points, 3 on the front"),
-        ("method=lora&rate=0.5:", "speed", "0 of 5 points, 0 on the front"),
+        ("cost=none&method=none&rate=x:&task=7&sort=none&point=99", "speedup", "5 of 5 points, 3 on the front"),
+        ("method=lora&rate=0.5:", "speedup", "0 of 5 points, 0 on the front"),
     ],
 )
 def test_the_address_chooses_axis_and_filters(page: Path, fragment: str, cost: str, count: str) -> None:
@@ -89,7 +89,7 @@ def test_keys_reach_every_point_and_its_commands(page: Path) -> None:
     seen = look(page, probe=probe)
     names, last, text = seen.probe
     assert seen.errors == [] and sorted(names) == ["linear", "lora", "pyra 0.50", "pyra 0.70", "tome 0.70"]
-    assert last.startswith(f"{names[-1]}: top-1 (%) ") and "images/s" in last
+    assert last.startswith(f"{names[-1]}: top-1 (%) ") and "speed-up" in last
     assert "pyra evaluate /" in text and "--format onnx" in text and "load_run(" in text
     assert "tabindex" in seen.dom
 
@@ -101,7 +101,7 @@ def test_several_tasks_and_points_without_a_speed(write: Callable[..., Path], tm
     page = write_report(tmp_path / "sweep")
     told = "[...document.querySelectorAll('#cost option')].map(o => o.disabled)"
     assert look(page, probe=f"[{COUNT}, {PLOT}.cost, {told}]").probe == [
-        "1 of 2 points, 1 on the front; 1 without this measurement", "speed", [False] * 5,
+        "1 of 2 points, 1 on the front; 1 without this measurement", "speedup", [False] * 5,
     ]  # fmt: skip
     seen = look(page, "task=1&cost=speed", probe=f"[{COUNT}, {PLOT}.cost, {told}, {NAMES}.length]")
     assert seen.probe == ["1 of 1 points, 1 on the front", "macs", [True, True, False, False, False], 1]

@@ -36,7 +36,7 @@ def folder(write: Write, tmp_path: Path) -> Path:
 
 def test_the_fastest_within_the_limit_with_its_confidence(folder: Path) -> None:
     found = recommend_from(folder, 1.0)
-    assert found.by == "images/s (batch 16)" and found.reference.name == "lora" and found.nearest is None
+    assert found.by == "speed-up" and found.reference.name == "lora" and found.nearest is None
     assert found.chosen is not None and found.chosen.point.name == "pyra 0.60"
     sure = found.chosen.confidence
     assert sure is not None and sure.seeds == ["0", "1", "2"] and sure.images == 400

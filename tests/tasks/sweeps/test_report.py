@@ -42,7 +42,7 @@ def test_three_files_with_points_front_and_failures(sweep: Path) -> None:
     ]
     data, html = data_of(page), page.read_text(encoding="utf-8")
     assert len(data["points"]) == 5 and data["methods"] == ["linear", "lora", "pyra", "tome"]
-    assert [cost["key"] for cost in data["costs"]] == ["speed", "speedup", "macs", "parameters", "memory"]
+    assert [cost["key"] for cost in data["costs"]] == ["speedup", "speed", "macs", "parameters", "memory"]
     best = data["points"][0]
     assert best[1] == 1 and best[3] == pytest.approx(320.5 / 400) and best[4] == pytest.approx(0.5**0.5 / 400)
     assert best[5] == str(sweep / "runs" / "lora-0")
