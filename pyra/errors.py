@@ -54,6 +54,14 @@ class ExportError(PyraError, ValueError):
     """An export that differs from its model, or a folder that holds none."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's (a class of torch), or that of torch's allocator on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``choices``, or the empty string.
 

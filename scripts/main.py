@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from pyra.errors import ConfigError, OtherProcessError, PyraError, did_you_mean
+from pyra.errors import ConfigError, OtherProcessError, PyraError, did_you_mean, is_out_of_memory
 
 VERBS = {
     "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
@@ -72,24 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pyra: error: {what}: {error.strerror}{hint}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_out_of_memory(error):
             raise
         print("pyra: error: out of memory: try a smaller --batch-size, or smaller images", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pyra: interrupted", file=sys.stderr)
         return 130
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU (a ``RuntimeError`` of its own class) or in torch's allocator on a CPU."""
-    said = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in said
-        or "not enough memory" in said
-    )
 
 
 def _terminate(*_: object) -> None:

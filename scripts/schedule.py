@@ -40,20 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in _said(made):
         print(line)
     print(f"schedule: {','.join(map(str, made.record.schedule))}")
-    print(f"written to {options.output}; next: {shlex.join(_next(options))}")
+    print(f"written to {options.output}; next: {_next(options)}")
     return 0
 
 
-def _next(options: ScheduleOptions) -> list[str]:
+def _next(options: ScheduleOptions) -> str:
     """Return the training that takes the schedule, on the same model at the same size."""
+    if options.run is not None:
+        return f"pyra train with the options of {options.run} and --schedule {shlex.quote(options.output)}"
     line = ["pyra", "train", "--method", options.method, "--schedule", options.output]
     for name in ("task", "data", "root", "backbone", "checkpoint", "image_size"):
         value = getattr(options, name)
         if value is not None and (name, value) != ("backbone", "demo"):
             line += [f"--{name.replace('_', '-')}", str(value)]
-    if options.run is not None and options.backbone == "demo":
-        line += ["--backbone", "THE-RUN'S"]
-    return line if options.pretrained else [*line, "--no-pretrained"]
+    return shlex.join(line if options.pretrained else [*line, "--no-pretrained"])
 
 
 def _table(made: Made) -> str:

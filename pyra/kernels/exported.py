@@ -12,6 +12,8 @@ that take part, ``p`` prefix tokens, ``r`` tokens removed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -70,8 +72,8 @@ def step(
     if reactivation is not None:
         received = _rows(tokens, 2 * (target + odd) + 1).to(wide)
         pairs = received * stands.squeeze(2).gather(1, target).unsqueeze(2) + moved * moved_size
-        rows = reactivation.pair_weight
-        moved = reactivate(moved, pairs, reactivation, gate=gate_of(rows, r) if scaled else 1.0)  # type: ignore[arg-type]
+        rows: Any = reactivation.pair_weight
+        moved = reactivate(moved, pairs, reactivation, gate=gate_of(rows, r) if scaled else 1.0)
     kind = tokens.dtype
     merged = tokens[:, 1::2][:, odd:] * stay.to(kind) + share.to(kind) @ moved
     first = p + evens - r  # output row of the first odd token
@@ -80,8 +82,8 @@ def step(
     left_size = torch.cat([sizes[:, :p], _rows(sizes, 2 * (kept + even)), total], dim=1)
     of_even = torch.where(leaves, first + partner, p - 1 + (~leaves).to(torch.int64).cumsum(dim=1))
     of_odd = (first + torch.arange(odds, device=device)).expand(batch, odds)
-    after = torch.cat([torch.arange(p, device=device).expand(batch, p), _woven(of_even, of_odd, p)], dim=1)
     head = torch.arange(p, device=device).expand(batch, p)
+    after = torch.cat([head, _woven(of_even, of_odd, p)], dim=1)
     tail = (2 * (torch.arange(odds, device=device) + odd) + 1).expand(batch, odds)
     remaining = torch.cat([head, 2 * (kept + even), tail], dim=1)
     return (

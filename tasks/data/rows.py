@@ -118,7 +118,7 @@ def read_image_folder(folder: Path) -> Rows:
     paths = [image for images in found.values() for image in images]
     labels = [path.relative_to(folder).parts[0] for path in paths]
     sources = [str(path) for path in paths]
-    odd = [source for source in sources if not source.isprintable() and "\udc80" <= max(source) <= "\udcff"]
+    odd = [source for source in sources if any("\udc80" <= letter <= "\udcff" for letter in source)]
     if odd:
         raise DataError(f"{folder}: the name {odd[0]!a} is not UTF-8: rename the file")
     storage = pa.array([{"bytes": None, "path": source} for source in sources], type=IMAGE.pa_type)

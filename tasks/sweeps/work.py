@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyra.errors import PyraError, TrainingError
+from pyra.errors import PyraError, TrainingError, is_out_of_memory
 from pyra.files import write_json
 from pyra.tasks.options import RunOptions
 from pyra.tasks.results import RESULT_FILE, RunResult, evaluation_file, read_result
@@ -67,8 +67,6 @@ def perform(work: Work, shelf: Shelf | None = None) -> Outcome:
 
 
 def _perform(work: Work, shelf: Shelf | None) -> Outcome:
-    import torch
-
     from pyra.tasks.evaluation import evaluate_run
     from pyra.tasks.sweeps.folder import holds_result
     from pyra.tasks.training import Plan, train
@@ -87,11 +85,9 @@ def _perform(work: Work, shelf: Shelf | None) -> Outcome:
         return Outcome(kind="diverged", error=_line(error))
     except PyraError as error:
         return Outcome(kind="error", error=_line(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return Outcome(kind="memory", error=_line(error) or "out of memory")
     except Exception as error:
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's allocator on a CPU
-            return Outcome(kind="memory", error=_line(error))
+        if is_out_of_memory(error):
+            return Outcome(kind="memory", error=_line(error) or "out of memory")
         return Outcome(kind="fault", error=f"{type(error).__name__}: {_line(error)}")
 
 
