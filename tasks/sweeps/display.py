@@ -25,13 +25,14 @@ class Display:
     Args:
         runs: of the sweep.
         folder: of the sweep, in which the scores of what was finished before are read.
-        out: where to; a terminal is redrawn.
+        out: where to, standard error by default; a terminal is redrawn.
     """
 
-    def __init__(self, runs: list[Planned], folder: Path, out: TextIO = sys.stderr) -> None:
+    def __init__(self, runs: list[Planned], folder: Path, out: TextIO | None = None) -> None:
         self._folder, self._before = folder, dict[str, float]()
         self._labels = {planned.name: _label(planned) for planned in runs}
-        self._out, self._live = out, out.isatty()
+        self._out = out or sys.stderr
+        self._live = self._out.isatty()
         self._lines, self._drawn, self._said = 0, 0.0, set[str]()
         self._begun = False
 

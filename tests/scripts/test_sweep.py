@@ -25,6 +25,12 @@ def test_a_sweep_its_report_and_what_a_dry_run_says(tmp_path: Path, capsys: pyte
     assert "0 of 2 runs are left" in capsys.readouterr().out
 
 
+def test_a_budget_that_is_spent_is_a_status_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["sweep", "--method", "linear,pyra", "--rate", "0.5", *TINY, "--output", str(tmp_path / "sweep")]
+    assert main([*line, "--budget", "0.1s"]) == 3
+    assert "the budget is used up after" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

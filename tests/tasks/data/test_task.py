@@ -396,6 +396,14 @@ def test_image_folder_without_splits_is_divided_by_class_and_always_the_same_way
     assert "80/20 by class (seed 0)" in first.description
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.png", "ü".encode() + b"\xff.png"])
+def test_names_that_are_not_utf_8_are_told(tmp_path, name):
+    write_images(tmp_path / "train", {"cat": 2, "dog": 2})
+    (tmp_path / "train" / "cat" / os.fsdecode(name)).write_bytes(encoded())
+    with pytest.raises(DataError, match="is not UTF-8: rename the file"):
+        load_task(data=str(tmp_path))
+
+
 def test_unusable_image_folders(tmp_path):
     write_images(tmp_path / "a" / "train", {"cat": 1})
     with pytest.raises(DataError, match=r"no evaluation split: .* test/"):

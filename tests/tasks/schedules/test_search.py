@@ -103,6 +103,25 @@ def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
         search_schedule(late, COSTS, BUDGET, trials=1, storage=file)
 
 
+@pytest.mark.parametrize("torn", [b"{", b'{"op_code": 4, "worker', b"\xff\xfe"])
+def test_a_line_that_a_killed_process_left_unfinished_is_cut_off(torn: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    first = search_schedule(late, COSTS, BUDGET, trials=4, storage=file)
+    with file.open("ab") as stream:
+        stream.write(torn)
+    again = search_schedule(late, COSTS, BUDGET, trials=6, storage=file)
+    assert again.trials[:4] == first.trials and len(again.trials) == 6
+
+
+@pytest.mark.parametrize("content", [b"hello", b"hello\n", b"[1]\n", b'{"op_code": "0"}\n', b"\xff\n"])
+def test_a_file_that_is_no_journal_is_refused_and_kept(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="is no journal of a search: remove it"):
+        search_schedule(late, COSTS, BUDGET, trials=2, storage=file)
+    assert file.read_bytes() == content
+
+
 def test_what_cannot_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.jsonl"
     with pytest.raises(UnreachableError):

@@ -10,7 +10,7 @@ import pytest
 
 from pyra.tasks.results import RESULT_FILE, read_result
 from pyra.tasks.sweeps import drive
-from pyra.tasks.sweeps.cluster import SlurmExecutor
+from pyra.tasks.sweeps.cluster import SlurmExecutor, _fits
 from pyra.tasks.sweeps.drive import Progress, sweep
 from pyra.tasks.sweeps.folder import RUNS
 from pyra.tasks.sweeps.grid import SweepOptions
@@ -31,6 +31,22 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Any:
     workers = [cluster.add_node(num_cpus=1, **memory) for _ in range(2)]
     yield cluster, workers
     cluster.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("resources", "cpus", "gpus", "runs"),
+    [
+        ({"CPU": 8.0}, 2.0, 0.0, 4),
+        ({"CPU": 1.0}, 2.0, 0.0, 0),  # two such nodes have two CPUs together, and no run fits on either
+        ({"CPU": 8.0, "GPU": 2.0}, 1.0, 1.0, 2),
+        ({"CPU": 8.0, "GPU": 1.0}, 1.0, 0.25, 4),
+        ({"CPU": 8.0}, 1.0, 1.0, 0),
+        ({"GPU": 3.0}, 0.0, 1.0, 3),
+        ({}, 1.0, 0.0, 0),
+    ],
+)
+def test_a_run_takes_place_on_one_node(resources: dict[str, float], cpus: float, gpus: float, runs: int) -> None:
+    assert _fits(resources, cpus, gpus) == runs
 
 
 @pytest.mark.slow  # two nodes of Ray start, and workers load torch: a minute

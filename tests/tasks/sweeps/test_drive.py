@@ -15,7 +15,9 @@ import pytest
 
 from pyra.errors import ConfigError, DataError, OutputError
 from pyra.files import read_json, write_json
+from pyra.tasks.output import held
 from pyra.tasks.results import RESULT_FILE, RunResult, read_result
+from pyra.tasks.runs import DATA, data_record, task_for
 from pyra.tasks.sweeps import drive
 from pyra.tasks.sweeps.drive import Progress, sweep
 from pyra.tasks.sweeps.failures import FAILURES, read_failures
@@ -204,6 +206,60 @@ def test_overwrite_starts_again(tmp_path: Path, pretend: Any) -> None:
     sweep(options(tmp_path))
     executor = pretend(Pretended())
     assert sweep(options(tmp_path, overwrite=True)).kept == [] and len(executor.begun) == 3
+
+
+def test_overwrite_leaves_a_sweep_that_is_under_way_as_it_is(tmp_path: Path, pretend: Any) -> None:
+    pretend(Pretended())
+    sweep(options(tmp_path))
+    before = sorted(file for file in (tmp_path / "sweep").rglob("*") if file.is_file())
+    with held(tmp_path / "sweep"), pytest.raises(OutputError, match="another process is at work in"):
+        sweep(options(tmp_path, overwrite=True))
+    assert len(before) > 3 and all(file.is_file() for file in before)
+
+
+def test_a_run_that_failed_with_half_its_batch_is_tried_again_with_all_of_it(tmp_path: Path, pretend: Any) -> None:
+    """What it trained with half the batch is no beginning of a run with all of it."""
+    short = Outcome(kind="memory", error="killed")
+
+    class Interrupted(Pretended):
+        def wait(self, seconds: float) -> list[tuple[Work, Outcome]]:
+            staging = Path(self.begun[-1].options["output"]) / ".partial-a"
+            (staging / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+            write_json(staging / ".pyra-run", {"kind": "run"})
+            write_json(staging / "checkpoints" / "checkpoint-1" / "complete.json", {})
+            return super().wait(seconds)
+
+    pretend(Interrupted({"lora": [short, short]}, slots=1))
+    assert len(sweep(options(tmp_path, method="lora", rate=None)).failed) == 1
+    (run,) = (tmp_path / "sweep" / RUNS).iterdir()
+    assert not list(run.glob(".partial-*"))
+    executor = pretend(Pretended())
+    progress = sweep(options(tmp_path, method="lora", rate=None, retry=True))
+    assert [(work.options["batch_size"], work.halved) for work in executor.begun] == [(32, False)]
+    assert len(progress.finished) == 1 and not progress.failed
+
+
+def test_runs_of_other_data_are_not_mixed_with_new_ones(tmp_path: Path, pretend: Any) -> None:
+    pretend(Pretended())
+    sweep(options(tmp_path))
+    run = sorted((tmp_path / "sweep" / RUNS).iterdir())[0]
+    record = data_record(task_for(options(tmp_path)))
+    write_json(run / DATA, record)
+    assert len(sweep(options(tmp_path)).kept) == 3
+    write_json(run / DATA, {**record, "changed": True})
+    with pytest.raises(DataError, match="was made from other data of demo than there is now"):
+        sweep(options(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"task": 3}', '{"value": "much"}'])
+def test_a_damaged_result_is_made_again(content: str, tmp_path: Path, pretend: Any) -> None:
+    pretend(Pretended())
+    sweep(options(tmp_path))
+    run = sorted((tmp_path / "sweep" / RUNS).iterdir())[0]
+    (run / RESULT_FILE).write_text(content)
+    executor = pretend(Pretended())
+    progress = sweep(options(tmp_path))
+    assert len(progress.kept) == 2 and [work.name for work in executor.begun] == [run.name]
 
 
 def test_how_a_process_ended() -> None:

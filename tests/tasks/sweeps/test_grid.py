@@ -36,6 +36,12 @@ def test_rates(rate: float | str, expected: list[float]) -> None:
     assert SweepOptions(method="pyra", rate=rate).axis() == expected
 
 
+def test_rate_zero_is_what_lora_is() -> None:
+    assert names(method="lora,tome,pyra", rate="0,0.5") == [("lora", None, 0), ("tome", "0.5", 0), ("pyra", "0.5", 0)]
+    assert names(method="tome,pyra", rate="0,0.5")[0] == ("tome", "0", 0)
+    assert ("pyra", "0", 0) in names(method="lora,pyra", rate="0,0.5", peft="dora")
+
+
 def test_a_grid_of_other_options() -> None:
     runs = SweepOptions(method="lora", grid="rank=4:8,lr=1e-3:2e-3").runs()
     assert [(run.options.rank, run.options.lr) for run in runs] == [(4, 1e-3), (4, 2e-3), (8, 1e-3), (8, 2e-3)]

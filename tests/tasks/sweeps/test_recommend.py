@@ -164,6 +164,17 @@ def test_without_an_uncompressed_method(write: Write, tmp_path: Path) -> None:
     assert any("drops are against the best of all" in note for note in found.notes)
 
 
+def test_a_point_that_is_no_better_than_the_majority_class_is_called_so(write: Write, tmp_path: Path) -> None:
+    seeds(write, "lora", 100)
+    seeds(write, "pyra", 100, 0.5)
+    notes = recommend_from(tmp_path / "sweep", 1.0).notes
+    said = "is no better than always answering the most frequent class (25.0)"
+    assert f"lora {said}" in notes and f"pyra 0.50 {said}" in notes
+    seeds(write, "lora", 101)
+    seeds(write, "pyra", 101, 0.5)
+    assert not any("no better" in note for note in recommend_from(tmp_path / "sweep", 1.0).notes)
+
+
 def test_an_optimistic_protocol_is_named(write: Write, tmp_path: Path) -> None:
     seeds(write, "lora", 320)
     seeds(write, "pyra", 320, 0.5, protocol="published")
