@@ -9,6 +9,8 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from pyra.registering import register_with_transformers
+
 if TYPE_CHECKING:
     from pyra.adapters.published import load_published_checkpoint
     from pyra.backbones import macs, schedule_for, set_rate, unwrap, wrap
@@ -59,6 +61,9 @@ try:
     __version__ = metadata.version("pyra-adapt")
 except metadata.PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
+
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

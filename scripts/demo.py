@@ -33,19 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyra.tasks.demonstration import DemoSettings, demonstrate
     from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.reports import results_table
+    from pyra.tasks.reports.exports import exports_table
 
     quiet_libraries()
     settings = DemoSettings(seed=options.seed, device=options.device, limit=options.limit)
     if options.epochs is not None:
         settings.epochs = options.epochs
     outcome = demonstrate(options.output, settings, options.overwrite)
-    report = outcome.exported
-    speed = ", ".join(f"{name} {value:.0f}" for name, value in outcome.export_speeds.items())
-    print(f"\n{results_table(outcome.rows)}\n")
-    print(
-        f"export: {options.output}/export/{report.file} ({report.megabytes:.1f} MB), "
-        f"largest difference {report.max_difference:.1e}, {report.differing} images merged differently, "
-        f"same top-1 on {report.top1_agreement:.0%} of {report.compared} images; images/s: {speed}"
-    )
+    print(f"\n{results_table(outcome.rows)}\n\n{exports_table([outcome.exported])}\n")
     print(f"{options.output}/: demo.md, pareto.html, merged_tokens.png and more, in {outcome.seconds:.0f} s")
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyra.errors import ConfigError, did_you_mean
+from pyra.errors import ConfigError
 from pyra.records import option
 from pyra.scripts.cli import parse
 
@@ -16,12 +16,18 @@ class ExportOptions:
     """Options of ``pyra export``."""
 
     run: str = option("", "folder written by pyra train")
-    format: str = option("onnx", "what to write")
-    output: str | None = option(None, "folder to write to; RUN/export by default")
-    overwrite: bool = option(False, "replace an earlier export in --output")
-    rate: float | None = option(None, "share of the MACs to save; the run's own by default")
-    images: int = option(32, "test images to compare the reloaded file with the model on")
-    tolerance: float = option(1e-3, "largest allowed difference, as a share of the largest logit")
+    format: list[str] = option(  # noqa: RUF009 - a dataclass field
+        ("onnx",), "what to write, a list: hf, torch-export, aoti, onnx, onnx-int8, ..."
+    )
+    output: str | None = option(None, "folder to write to, a folder a format; RUN/export by default")
+    overwrite: bool = option(False, "replace earlier exports in --output")
+    rate: list[float] | None = option(  # noqa: RUF009 - a dataclass field
+        None, "shares of the MACs to save, an export each; the run's own by default"
+    )
+    images: int = option(32, "test images to compare the reloaded model with the run on, and to time it with")
+    tolerance: float | None = option(
+        None, "largest allowed difference, as a share of the largest logit; the format's own by default"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,43 +36,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         ExportOptions,
         argv,
         prog="pyra export",
-        description="Fold the adapter, export with merging inside the graph, reload the file and compare it.",
-        example="pyra export runs/a --format onnx",
+        description="Fold the adapter, export with merging inside the model, reload it, compare, time and score it.\n\n"
+        f"formats:\n{_formats()}",
+        example="pyra export runs/a --format hf,onnx,onnx-int8 --output exported",
         positional="run",
     )
     if not options.run:
         raise ConfigError("RUN is missing: give the folder of a run (see 'pyra export --help')")
-    from pyra.export import FORMATS
+    from pyra.tasks.exporting import check_formats
 
-    if options.format not in FORMATS:
-        raise ConfigError(
-            f"unknown --format {options.format!r}{did_you_mean(options.format, FORMATS)}; there is {', '.join(FORMATS)}"
-        )
-    from pyra.tasks.exporting import export_run
+    check_formats(options.format, options.rate)
+    from tqdm import tqdm
+
+    from pyra.tasks.exporting import export_subject, subject_of
     from pyra.tasks.quiet import quiet_libraries
+    from pyra.tasks.reports.exports import exports_table
 
     quiet_libraries()
-    folder = Path(options.output) if options.output else Path(options.run) / "export"
-    report, speeds = export_run(
-        options.run,
-        folder,
-        format=options.format,
-        overwrite=options.overwrite,
-        rate=options.rate,
-        images=options.images,
-        tolerance=options.tolerance,
+    output = Path(options.output) if options.output else Path(options.run) / "export"
+    rates: list[float | None] = [*options.rate] if options.rate else [None]
+    exports = []
+    with tqdm(total=len(rates) * len(options.format), unit="export", leave=False, disable=None) as bar:
+        for rate in rates:
+            subject = subject_of(options.run, rate=rate, images=options.images)
+            for format in options.format:
+                folder = output / (f"{format}-{rate:g}" if len(rates) > 1 else format)
+                bar.set_description(folder.name)
+                exports.append(
+                    export_subject(subject, folder, format, overwrite=options.overwrite, tolerance=options.tolerance)
+                )
+                bar.update()
+    print(exports_table(exports))
+    batch = exports[0].measured
+    print(
+        f"\nimages/s at batch {batch.batch_size}; the model in PyTorch: {batch.images_per_second['PyTorch model']:.0f}"
+        f"\nnext: pyra predict {exports[0].folder} IMAGE, pyra serve {exports[0].folder}"
     )
-    from tabulate import tabulate
-
-    rows = [
-        ("file", f"{folder / report.file} ({report.megabytes:.1f} MB)"),
-        (
-            f"largest difference on {report.compared - report.differing} of {report.compared} images",
-            f"{report.max_difference:.2e} (logits to {report.max_logit:.1f})",
-        ),
-        ("images merged differently (ties within rounding)", report.differing),
-        ("same top-1", f"{report.top1_agreement:.1%}"),
-        *((f"images/s, {name}", f"{value:.0f}") for name, value in speeds.items()),
-    ]
-    print(tabulate(rows))
     return 0
+
+
+def _formats() -> str:
+    from pyra.export.formats import FORMATS
+
+    return "\n".join(f"  {name:<19}{format.text}" for name, format in FORMATS.items())

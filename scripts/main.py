@@ -22,6 +22,8 @@ VERBS = {
     "schedule": ("pyra.scripts.schedule", "find a schedule for a latency, by calibration or by search"),
     "visualize": ("pyra.scripts.visualize", "picture what merged in an image, layer by layer"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
+    "predict": ("pyra.scripts.predict", "classify images with a run or an export, as JSON"),
+    "serve": ("pyra.scripts.serve", "serve a run or an export: a page, an endpoint, health and metrics"),
     "demo": ("pyra.scripts.demo", "four adaptations of a small backbone, measured and plotted"),
     "tasks": ("pyra.scripts.tasks", "list the tasks, check and prepare their data"),
     "benchmark": ("pyra.scripts.benchmark", "measure speed and memory against the unwrapped model"),

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from pyra.export import ExportReport
 from pyra.files import atomic_path, write_json, write_text
 from pyra.tasks.data.task import ImageDataset, Task, load_task
-from pyra.tasks.exporting import export_run
+from pyra.tasks.exporting import ExportedRun, export_run
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import staged_output
 from pyra.tasks.reports import pareto_plot, results_table
@@ -60,11 +59,10 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What came out: the rows of the table, the export's comparison and its speed, and the seconds it took."""
+    """What came out: the rows of the table, the export of the best compressed model, and the seconds it took."""
 
     rows: list[RunResult]
-    exported: ExportReport
-    export_speeds: dict[str, float]
+    exported: ExportedRun
     seconds: float
 
 
@@ -81,13 +79,14 @@ def demonstrate(folder: str | Path, settings: DemoSettings, overwrite: bool = Fa
     for method in METHODS:
         _options(settings, method, Path(folder))
     with staged_output(folder, "demo", overwrite) as staging:
-        rows, report, speeds = _demonstrate(staging, Path(folder), settings, task, device)
-    return Demonstration(rows, report, speeds, time.perf_counter() - started)
+        rows, exported = _demonstrate(staging, Path(folder), settings, task, device)
+    exported = dataclasses.replace(exported, folder=Path(folder) / "export")
+    return Demonstration(rows, exported, time.perf_counter() - started)
 
 
 def _demonstrate(
     staging: Path, folder: Path, settings: DemoSettings, task: Task, device: torch.device
-) -> tuple[list[RunResult], ExportReport, dict[str, float]]:
+) -> tuple[list[RunResult], ExportedRun]:
     """Train, time, draw and export into ``staging``, which becomes ``folder``."""
     data: tuple[ImageDataset, ImageDataset] | None = None
     rows = []
@@ -109,8 +108,7 @@ def _demonstrate(
     write_text(staging / "demo.md", results_table(rows, style="markdown") + "\n")
     pareto_plot(rows, png=staging / "pareto.png", html=staging / "pareto.html", title="Demo: ten kinds of clothing")
     _picture(models[best.method], test_data, staging / "merged_tokens.png")
-    report, speeds = export_run(staging / "adapted" / best.method, staging / "export")
-    return rows, report, speeds
+    return rows, export_run(staging / "adapted" / best.method, staging / "export")
 
 
 def _options(settings: DemoSettings, method: str, folder: Path) -> RunOptions:

@@ -46,7 +46,15 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
     "experiment": ("experiment.json", "selection.json", "summary.md", "trials", "linear", "seed-*"),
     "sweep": ("sweep.json", "report.html", "report.md", "front.png", "runs", "failures", "jobs", "pictures"),
     "demo": ("demo.json", "demo.md", "pareto.png", "pareto.html", "merged_tokens.png", "adapted", "export"),
-    "export": ("model.onnx", "export.json", "speed.json"),
+    "export": (
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "export.json",
+        "measured.json",
+    ),
 }
 """What each kind writes, as patterns; nothing else is ever removed."""
 
@@ -269,13 +277,24 @@ def _earlier(folder: Path, kind: Kind, overwrite: bool) -> bool:
         )
     for name, known in _INSIDE.items():
         if name in names and (folder / name).is_dir() and not (folder / name).is_symlink():
-            foreign = sorted(entry.name for entry in (folder / name).iterdir() if entry.name not in known)
+            foreign = _foreign(folder / name, known)
             if foreign and name in WRITTEN[kind]:
                 raise OutputError(
                     f"{folder / name} holds files that are not from pyra ({', '.join(foreign[:3])}) and would be "
                     "replaced: move them, or choose another --output"
                 )
     return True
+
+
+def _foreign(folder: Path, known: tuple[str, ...]) -> list[str]:
+    """Return the entries of a folder that pyra did not write; exports in folders of their own are looked into."""
+    foreign = []
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink() and _kind_of(entry) == "export":
+            foreign += [f"{entry.name}/{inner}" for inner in _foreign(entry, _INSIDE["export"])]
+        elif entry.name not in known:
+            foreign.append(entry.name)
+    return sorted(foreign)
 
 
 def _kind_of(folder: Path) -> str | None:

@@ -91,6 +91,23 @@ def _refuse_other_kinds(folder: Path) -> None:
         )
 
 
+def save_timm_model(model: nn.Module, folder: Path, extra: dict[str, Any]) -> None:
+    """Write a timm model to ``folder`` as timm does: ``config.json`` and ``model.safetensors``.
+
+    Args:
+        model: that ``timm.create_model`` made, wrapped or not.
+        folder: to write to.
+        extra: further entries of ``config.json``.
+
+    Raises:
+        ConfigError: for a model that timm cannot describe, with its reason.
+    """
+    try:
+        timm.models.save_for_hf(model, str(folder), model_config=extra, safe_serialization=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"timm cannot describe this model well enough to make it again: {_one_line(error)}") from None
+
+
 def weights_file(folder: Path) -> Path:
     """Return the weights in a folder that timm has saved; raises :class:`ConfigError` where there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):

@@ -19,26 +19,26 @@ TIES = 0.1
 
 
 @dataclass(frozen=True)
-class ExportReport:
-    """Comparison of an exported file, reloaded, with its model on the same inputs.
+class Comparison:
+    """The logits of an exported model, reloaded in one runtime, beside those of the model it came from.
 
     Attributes:
-        file: name of the file in its folder.
-        megabytes: its size, 1 MB = 1e6 bytes.
-        max_difference: largest absolute difference of a logit, over the images that agree.
+        runtime: what ran it.
+        max_difference: largest absolute difference of a logit, over the inputs that agree.
         differing: inputs whose difference exceeds the tolerance; they merged differently.
         max_logit: largest absolute logit, for scale.
-        top1_agreement: share of inputs with the same top-1 class.
+        top1_agreement: share of the real inputs with the same top-1 class.
         compared: number of inputs compared.
+        real: how many of them, the first, are real ones; the others are random.
     """
 
-    file: str
-    megabytes: float
+    runtime: str
     max_difference: float
     differing: int
     max_logit: float
     top1_agreement: float
     compared: int
+    real: int
 
     @property
     def relative_difference(self) -> float:
@@ -46,39 +46,71 @@ class ExportReport:
         return self.max_difference / max(self.max_logit, 1e-12)
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        format: of it.
+        file: name of the file in its folder that holds the weights.
+        megabytes: size of all its files, 1 MB = 1e6 bytes.
+        seconds: taken to fold, write, reload and compare.
+        comparisons: one a runtime that it was opened in.
+        operators: how often an ONNX graph has each operator; empty for other formats.
+    """
+
+    format: str
+    file: str
+    megabytes: float
+    seconds: float
+    comparisons: tuple[Comparison, ...]
+    operators: dict[str, int]
+
+    @property
+    def comparison(self) -> Comparison:
+        """The comparison in the runtime that opens the export by default."""
+        return self.comparisons[0]
+
+
 def compare(
-    file: str, megabytes: float, expected: Tensor, actual: Tensor, *, tolerance: float, merges: bool
-) -> ExportReport:
+    runtime: str, expected: Tensor, actual: Tensor, *, tolerance: float, merges: bool, real: int | None = None
+) -> Comparison:
     """Compare logits [B, classes] of the model and of the reloaded file.
 
     Args:
-        file: name for the report.
-        megabytes: its size.
+        runtime: name for the comparison.
         expected: the model's logits.
         actual: the file's.
         tolerance: largest difference that counts as agreement, as a share of the largest logit.
         merges: whether ties are to be expected.
+        real: inputs, the first ones, that are real; None means all.
 
     Raises:
-        ExportError: where more inputs differ than ties explain.
+        ExportError: where more inputs differ than ties explain, or the shapes do.
     """
+    if expected.shape != actual.shape:
+        raise ExportError(
+            f"the exported model in {runtime} returns {list(actual.shape)}, the model {list(expected.shape)}; nothing "
+            "was written"
+        )
     expected, actual = expected.double(), actual.double()
+    real = len(expected) if real is None else real
     differences = (expected - actual).abs().amax(-1)
     largest = float(expected.abs().max())
     agreeing = differences <= tolerance * max(largest, 1e-12)  # False for NaN
     differing = int((~agreeing).sum())
     if differing > (int(TIES * len(expected)) if merges else 0):
         raise ExportError(
-            f"the exported model differs on {differing} of {len(expected)} inputs, by up to "
+            f"the exported model in {runtime} differs on {differing} of {len(expected)} inputs, by up to "
             f"{float(differences.max()):.3g} (largest logit {largest:.3g}), more than the tolerance {tolerance:g} of "
             "it; nothing was written"
         )
-    return ExportReport(
-        file=file,
-        megabytes=megabytes,
+    return Comparison(
+        runtime=runtime,
         max_difference=float(differences[agreeing].max()) if agreeing.any() else 0.0,
         differing=differing,
         max_logit=largest,
-        top1_agreement=float((expected.argmax(-1) == actual.argmax(-1)).double().mean()),
+        top1_agreement=float((expected[:real].argmax(-1) == actual[:real].argmax(-1)).double().mean()),
         compared=len(expected),
+        real=real,
     )

@@ -12,6 +12,7 @@ import stat
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from tqdm import tqdm
 
 INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling}
@@ -30,25 +32,47 @@ _CHUNK = 32
 _NAMED = 5
 
 
-def decode_image(source: bytes | str | Path) -> Image.Image:
+def decode_image(
+    source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     """Decode an encoded image (bytes, or the path of a file) completely, to upright RGB.
 
     EXIF orientation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
+    Args:
+        source: the bytes, or the path.
+        max_pixels: that are decoded at most; ``PIL.Image.MAX_IMAGE_PIXELS`` where it is None. The header is asked:
+            nothing of a larger image is decoded.
+        formats: that are decoded, of :data:`FORMATS`.
+
     Raises:
         ValueError: for 32-bit pixels: nothing says what is white; for a pipe or a device: it may never end.
         Exception: whatever Pillow raises for a damaged file (its decoders have no common base class).
-        Image.DecompressionBombError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        Image.DecompressionBombError: more pixels than ``max_pixels``.
     """
+    with _opened(source, max_pixels, formats) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def check_header(source: bytes | str | Path, *, max_pixels: int | None = None) -> None:
+    """Raise as :func:`decode_image` does where the first bytes of an image already tell that it cannot be decoded."""
+    with _opened(source, max_pixels, FORMATS):
+        pass
+
+
+@contextmanager
+def _opened(source: bytes | str | Path, max_pixels: int | None, formats: tuple[str, ...]) -> Iterator[ImageFile]:
     if not isinstance(source, bytes):
         _refuse_pipe(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
         pixels = image.width * image.height
-        # Pillow itself only warns up to twice the limit.
-        if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{pixels} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+        # Pillow itself only warns up to twice its limit.
+        if limit is not None and pixels > limit:
+            raise Image.DecompressionBombError(f"{pixels} pixels, more than the {limit} allowed")
+        yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -59,7 +83,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def unreadable(error: Exception) -> str:

@@ -19,6 +19,22 @@ MEMORY_LIMIT = 2 * 1024**3
 _NAMED = 5
 
 
+def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Return uint8 pixels [..., 3, S, S] as a model takes them, float32.
+
+    Args:
+        pixels: 0..255.
+        mean: [3, 1, 1] on the scale 0..1, as :func:`by_channel` makes it.
+        std: the same.
+    """
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def by_channel(values: Sequence[float]) -> torch.Tensor:
+    """Return three numbers as float32 [3, 1, 1]."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
+
+
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Examples ``{"pixel_values": float32 [3, S, S] normalised, "labels": int}`` of one split.
 
@@ -66,8 +82,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
             raise DataError(f"{name} is empty: add images to it")
         self.image_size = image_size
         self.interpolation = interpolation
-        self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-        self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self._mean, self._std = by_channel(mean), by_channel(std)
         found = None if cache is None else cache.open(rows, image_size, interpolation, name)
         if found is None:
             found = _decode(rows, image_size, interpolation, name)
@@ -95,7 +110,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return uint8 pixels [..., 3, S, S] as the model takes them, float32."""
-        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
+        return normalise(pixels, self._mean, self._std)
 
     def mean_colour(self) -> tuple[int, ...]:
         """Return the colour that is zero after normalisation, 0..255 a channel."""

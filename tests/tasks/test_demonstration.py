@@ -21,7 +21,7 @@ def test_demonstration(tmp_path: Path) -> None:
     assert [row["method"] for row in rows] == list(METHODS)
     assert all(row["plain_macs"] / row["macs"] == pytest.approx(3.4, abs=0.02) for row in rows[2:])
     assert rows[1]["speedup"] == 1.0
-    assert outcome.exported.relative_difference < 1e-3
+    assert outcome.exported.report.comparison.relative_difference < 1e-3
     assert (tmp_path / "demo" / "export" / "model.onnx").is_file()
     with Image.open(tmp_path / "demo" / "merged_tokens.png") as picture:
         assert min(picture.size) > 400
