@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pyra.attention import ATTENTIONS
-from pyra.errors import ConfigError
+from pyra.errors import ConfigError, did_you_mean
 from pyra.kernels import BACKENDS
-from pyra.records import Bounds, bound_problems, option
+from pyra.records import ABOVE_0, Bounds, bound_problems, option
 from pyra.scripts.cli import parse
 from pyra.tasks.options import DEVICES
 
@@ -89,13 +89,44 @@ class InputOptions:
     output: str = option("benchmark-input.json", "file to write the rows to")
 
 
+@dataclass(kw_only=True)
+class ExportsOptions:
+    """Options of ``pyra benchmark exports``."""
+
+    backbone: str = option("vit_base_patch16_224", "timm name")
+    image_size: int | None = option(None, "image side in pixels; the model's own by default")
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16], metadata={"help": "images a forward"})
+    rounds: int = option(7, "timed forwards of each; the median counts")
+    threads: int | None = option(None, "CPU threads; all by default")
+    device: str = option("cpu", "cpu", choices=("cpu",))
+    output: str = option("benchmark-exports.json", "file to write the rows to")
+
+
+@dataclass(kw_only=True)
+class ServeOptions:
+    """Options of ``pyra benchmark serve``."""
+
+    url: str = option("", "address that pyra serve has printed")
+    image: str = option("", "image that every client sends")
+    clients: int = option(64, "clients that send at once, each one request after the other")
+    seconds: float = option(10.0, "that new requests are sent")
+    output: str = option("benchmark-serve.json", "file to write the result to")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``model`` (also without a word), ``kernels``, ``adapters`` or ``input``; print a table and write the rows."""
+    """Run what is named (``model`` without a word), print a table and write the rows."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     what = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "model"
-    stages = {"model": _model, "kernels": _kernels, "adapters": _adapters, "input": _input}
+    stages = {
+        "model": _model,
+        "kernels": _kernels,
+        "adapters": _adapters,
+        "input": _input,
+        "exports": _exports,
+        "serve": _serve,
+    }
     if what not in stages:
-        raise ConfigError(f"pyra benchmark measures 'model', 'kernels', 'adapters' or 'input', not {what!r}")
+        raise ConfigError(f"pyra benchmark measures {', '.join(stages)}, not {what!r}{did_you_mean(what, stages)}")
     return stages[what](arguments)
 
 
@@ -223,6 +254,62 @@ def _input(arguments: Sequence[str]) -> int:
         subject.shapes()  # says what cannot be before anything is timed
         stages.append((name, partial(input_rows, subject, options.batch_size, options.rounds, name)))
     return _finish(_run(stages), options)
+
+
+def _exports(arguments: Sequence[str]) -> int:
+    options = _options(
+        ExportsOptions,
+        arguments,
+        "exports",
+        description=(
+            "Export a plain and a merging model to ONNX, in float32 and int8, and time them in onnxruntime and\n"
+            "OpenVINO, in turns ('/ plain', '/ float32': how many times faster); and measure what an export takes."
+        ),
+        example="pyra benchmark exports --backbone vit_base_patch16_224 --batch-sizes 1,16",
+    )
+    if min(options.batch_sizes) < 1:
+        raise ConfigError("--batch-sizes must be at least 1")
+    _start(options)
+    from pyra.tasks.benchmarks.exports import cost_rows, speed_rows
+    from pyra.tasks.benchmarks.subject import Subject
+
+    subject = Subject(options.backbone, options.image_size)
+    subject.shapes()  # says what cannot be before anything is timed
+    stages: list[tuple[str, Callable[[], list[Any]]]] = [
+        ("cost of an export", lambda: cost_rows(subject)),
+        ("speed of exports", lambda: speed_rows(subject, options.batch_sizes, options.rounds)),
+    ]
+    return _finish(_run(stages), options)
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    options = parse(
+        ServeOptions,
+        arguments,
+        prog="pyra benchmark serve",
+        description="Send images to a server from many clients at once: answers, refusals, latency, its memory.",
+        example="pyra benchmark serve http://127.0.0.1:8080 --clients 64 --image photo.jpg",
+        positional="url",
+    )
+    problems = bound_problems(options, _COUNT, ["clients"]) + bound_problems(options, ABOVE_0, ["seconds"])
+    if not options.url:
+        problems.append("URL is missing: give the address that pyra serve has printed")
+    if not options.image:
+        problems.append("--image is missing: give an image to send")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    _can_be_written(options.output)
+    from tabulate import tabulate
+
+    from pyra.files import write_json
+    from pyra.tasks.benchmarks.serving import load_test
+
+    result = load_test(options.url, Path(options.image).read_bytes(), options.clients, options.seconds)
+    print(
+        tabulate([(name.replace("_", " "), value) for name, value in asdict(result).items() if value not in (None, {})])
+    )
+    write_json(options.output, result)
+    return 0 if result.answered and not result.failed else 1
 
 
 def _run(stages: Sequence[tuple[str, Callable[[], list[Any]]]]) -> list[Any]:

@@ -43,16 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if not options.run:
         raise ConfigError("RUN is missing: give the folder of a run (see 'pyra export --help')")
-    from pyra.tasks.exporting import check_formats
-
-    check_formats(options.format, options.rate)
-    from tqdm import tqdm
-
-    from pyra.tasks.exporting import export_subject, subject_of
     from pyra.tasks.quiet import quiet_libraries
-    from pyra.tasks.reports.exports import exports_table
 
     quiet_libraries()
+    from tqdm import tqdm
+
+    from pyra.tasks.exporting import check_formats, export_subject, subject_of
+    from pyra.tasks.reports.exports import exports_table
+
+    check_formats(options.format, options.rate)
     output = Path(options.output) if options.output else Path(options.run) / "export"
     rates: list[float | None] = [*options.rate] if options.rate else [None]
     exports = []

@@ -70,9 +70,9 @@ def _serve(options: ServeOptions) -> int:
 
     quiet_libraries()  # before anything loads what would talk
     from pyra.tasks.predicting import open_classifier
-    from pyra.tasks.serving.server import serve
+    from pyra.tasks.serving.server import bound_socket, serve
 
-    limits = options.limits()
+    limits, where = options.limits(), bound_socket(options.host, options.port)
     classifier = open_classifier(
         options.folder,
         runtime=options.runtime,
@@ -92,4 +92,4 @@ def _serve(options: ServeOptions) -> int:
                 file=sys.stderr,
             )
 
-    return serve(classifier, host=options.host, port=options.port, limits=limits, started=started)
+    return serve(classifier, where, limits=limits, started=started)

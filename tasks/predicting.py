@@ -66,9 +66,11 @@ def open_classifier(
 
 
 def _refuse_several(folder: Path) -> None:
-    exports = sorted(str(entry.parent) for entry in folder.glob(f"*/{RECORD}"))
-    if exports and not (folder / OPTIONS).is_file():
-        raise DataError(f"{folder} holds {len(exports)} export(s) and is none itself: name one, {', '.join(exports)}")
+    if (folder / OPTIONS).is_file():  # a run may have its exports below it
+        return
+    exports = sorted(str(entry.parent) for depth in ("*", "*/*") for entry in folder.glob(f"{depth}/{RECORD}"))
+    if exports:
+        raise DataError(f"{folder} is no export itself, but holds some: name one, {', '.join(exports)}")
 
 
 def _open_run(folder: Path, runtime: str | None, threads: int | None, device: str) -> Classifier:

@@ -112,7 +112,7 @@ def predict_files(
     batch_size: int = 16,
     skip_broken: bool = False,
 ) -> tuple[list[Prediction], list[Skipped]]:
-    """Classify image files, in their order; two batches are decoded at once. Long work shows a progress bar on stderr.
+    """Classify image files, in their order, the next batch decoded meanwhile; long work shows a progress bar on stderr.
 
     Args:
         classifier: from :func:`pyra.tasks.predicting.open_classifier`.
@@ -139,7 +139,8 @@ def predict_files(
             if broken and not skip_broken:
                 raise _refused(broken, len(files))
             skipped += broken
-            predictions += _answers(classifier, [item for item in batch if isinstance(item, _Read)], top)
+            if read := [item for item in batch if isinstance(item, _Read)]:
+                predictions += _answers(classifier, read, top)
             bar.update(len(batch))
     return predictions, skipped
 
@@ -174,8 +175,6 @@ def _batches(classifier: Classifier, files: Sequence[Path], size: int) -> Iterat
 
 
 def _answers(classifier: Classifier, images: Sequence[_Read], top: int) -> list[Prediction]:
-    if not images:
-        return []
     start = time.perf_counter()
     probabilities = classifier.probabilities(torch.stack([image.pixels for image in images]))
     share = (time.perf_counter() - start) / len(images)

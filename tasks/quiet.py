@@ -9,6 +9,7 @@ import warnings
 def quiet_libraries() -> None:
     """Silence progress and advice of the libraries underneath, for command-line use only."""
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what transformers loads next makes it warn
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that a CPU build of a model uses no CUDA
     import datasets
     import transformers
 

@@ -25,6 +25,7 @@ from pyra.files import write_json
 _BACKBONE, _MERGING = "backbone", "pyra"
 _FETCHED = ["config.json", "model.safetensors"]
 _IGNORED = ("auto_map", "custom_pipelines", "_name_or_path", "transformers_version")
+_KERNELS = ("attn_implementation", "experts_implementation")  # which may name code on the hub
 
 
 class MergedConfig(PreTrainedConfig):
@@ -96,7 +97,7 @@ def empty_transformers_model(folder: Path, values: dict[str, Any]) -> nn.Module:
     inner = values.get(_BACKBONE) if values.get("model_type") == MergedConfig.model_type else values
     if not isinstance(inner, dict) or not isinstance(inner.get("model_type"), str):
         raise ExportError(f"{folder / 'config.json'} does not describe the model whose tokens merge")
-    known = {key: value for key, value in inner.items() if key not in (*_IGNORED, "model_type")}
+    known = {key: value for key, value in _without_code(inner).items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(inner["model_type"], **known)
         model: nn.Module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
@@ -104,6 +105,14 @@ def empty_transformers_model(folder: Path, values: dict[str, Any]) -> nn.Module:
         said = " ".join(str(error).split())[:200]
         raise ExportError(f"{folder / 'config.json'}: transformers cannot make this model ({said})") from None
     return model
+
+
+def _without_code(values: Any) -> Any:
+    """Return a configuration, and those in it, without what names code."""
+    if not isinstance(values, dict):
+        return values
+    left_out = {*_IGNORED, *_KERNELS, *(f"_{name}{end}" for name in _KERNELS for end in ("", "_internal"))}
+    return {key: _without_code(value) for key, value in values.items() if key not in left_out}
 
 
 def _plain_name(model: Any) -> str:

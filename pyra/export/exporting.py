@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from pyra.backbones import geometry, macs, wrapped_schedule
 from pyra.checkpoints import writing
-from pyra.errors import ConfigError, ExportError
+from pyra.errors import ConfigError, ExportError, PyraError, is_out_of_memory
 from pyra.export.folding import folded_copy
-from pyra.export.formats import Format, format_named, installed_runtimes
+from pyra.export.formats import FORMATS, Format, format_named, installed_runtimes
 from pyra.export.loading import open_in
-from pyra.export.record import RECORD, ExportRecord, read_record
+from pyra.export.record import RECORD, ExportRecord
 from pyra.export.report import Comparison, ExportReport, compare
-from pyra.files import write_json
+from pyra.files import read_json, write_json
 
 _RANDOM = 8  # random inputs compared besides the real ones
 _BATCH = 8  # inputs in one forward of a comparison: memory
 _STAGING = ".partial-"
+_BESIDE = ("config.json", "README.md")  # files of some formats beside the weights
 _LIBRARIES = ("pyra-adapt", "torch", "onnx", "onnxruntime", "openvino", "torchao", "timm", "transformers")
 
 
@@ -91,9 +92,12 @@ def export_model(
     """
     chosen = format_named(format)
     tolerance = _checked(chosen, example_input, tolerance, metadata, calibration)
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     start = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
     _refuse_foreign(folder, chosen)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
@@ -155,10 +159,17 @@ def _checked(
             raise ConfigError(
                 f"{name} is {list(images.shape)}, example_input {list(example.shape)}: not one image size"
             )
-    wrong = [key for pair in (metadata or {}).items() for key in pair if not isinstance(key, str)]
+    if not isinstance(metadata, dict | None):
+        raise ConfigError(f"metadata is text under names, a dict; got {type(metadata).__name__}")
+    wrong = [text for pair in (metadata or {}).items() for text in pair if not _is_text(text)]
     if wrong:
         raise ConfigError(f"metadata is text under names; {wrong[0]!r} is no text")
     return format.tolerance if tolerance is None else tolerance
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that a file can hold: half of a character is none."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _random_like(example: Tensor) -> Tensor:
@@ -169,7 +180,17 @@ def _written(model: nn.Module, staging: Path, job: Job, inputs: Tensor) -> tuple
     """Fold, write; return the logits of the folded model, which ends with this call, and the operators of the graph."""
     with torch.no_grad():
         folded = folded_copy(model)
-        expected = torch.cat([logits_of(folded(part)) for part in inputs.split(_BATCH)])
+        try:
+            expected = torch.cat([logits_of(folded(part)) for part in inputs.split(_BATCH)])
+        except PyraError:
+            raise
+        except Exception as error:  # of the model's own code, which raises what comes up
+            if is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ExportError(
+                f"the model cannot take inputs like example_input, {list(inputs.shape)}: {said}"
+            ) from error
         if not expected.isfinite().all():
             raise ExportError("the model returns NaN or infinite logits: there is nothing to compare an export with")
         with writing(staging / job.format.file):
@@ -241,17 +262,24 @@ def _versions() -> dict[str, str]:
 
 def _refuse_foreign(folder: Path, format: Format) -> None:
     """Refuse to replace a file that no export wrote."""
-    taken = [name for name in (format.file, "config.json", "README.md") if (folder / name).exists()]
-    if taken and not (folder / RECORD).exists():
+    earlier = _earlier(folder)
+    taken = [name for name in (format.file, *_BESIDE) if (folder / name).exists() and name not in earlier]
+    if taken:
         raise ExportError(f"{folder} holds {taken[0]}, which is of no finished export: choose another folder")
+
+
+def _earlier(folder: Path) -> list[str]:
+    """Return the files that an earlier export wrote, whole or damaged; never one that no export writes."""
+    written = {*_BESIDE, *(format.file for format in FORMATS.values())}
+    try:
+        return [name for name in read_json(folder / RECORD)["files"] if name in written]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _swap_in(staging: Path, folder: Path, record: dict[str, Any]) -> None:
     """Replace an earlier export: its record goes first, the new one comes last, so that no mixture looks finished."""
-    try:
-        earlier = list(read_record(folder).files)
-    except ExportError:
-        earlier = []
+    earlier = _earlier(folder)
     (folder / RECORD).unlink(missing_ok=True)
     for name in earlier:
         (folder / name).unlink(missing_ok=True)

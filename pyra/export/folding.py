@@ -19,6 +19,8 @@ def folded_copy(model: nn.Module) -> nn.Module:
     Raises:
         ExportError: for a PEFT method whose layers cannot be folded, such as prompts.
     """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ExportError("the model has tensors on the meta device, which have no values: load its weights first")
     copied: Any = copy.deepcopy(model).float().cpu().eval()
     if hasattr(copied, "peft_config") and not hasattr(copied, "merge_and_unload"):
         raise ExportError(

@@ -7,6 +7,7 @@ imported (:mod:`pyra.export.auto`).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,20 +40,27 @@ def write(model: nn.Module, staging: Path, job: Job) -> None:
     model = model.to(job.dtype)
     config = wrapped_config(model)
     merging = None if config is None else {**config.to_dict(), _SCHEDULE: job.schedule}
+    try:
+        _save(model, staging, merging)
+    except RuntimeError as error:
+        if "share memory" not in str(error):
+            raise
+        raise ExportError("the format hf holds weights that layers share only once: choose another format") from None
+    write_text(staging / CARD, card(model, job))
+
+
+def _save(model: Any, staging: Path, merging: dict[str, Any] | None) -> None:
     if hasattr(model, "pretrained_cfg"):
         try:
             save_timm_model(model, staging, {} if merging is None else {KEY: merging})
         except ConfigError as error:
             raise ExportError(f"the format hf cannot hold this model: {error}") from None
     elif hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        from pyra.export.auto import save_transformers_model
-
-        save_transformers_model(model, staging, merging)
+        _auto().save_transformers_model(model, staging, merging)
     else:
         raise ExportError(
             f"the format hf holds models of timm and transformers, this is a {type(model).__name__}: choose another"
         )
-    write_text(staging / CARD, card(model, job))
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -69,7 +77,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Mo
         ExportError: where the folder holds no such model, or its files do not fit each other.
     """
     folder = Path(folder).expanduser()
-    values = _read_config(folder / CONFIG)
+    values = read_config(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise ExportError(f"{folder}: no {WEIGHTS} there; weights in other files are not read")
     try:
@@ -92,9 +100,7 @@ def empty_model(folder: Path, values: dict[str, Any]) -> nn.Module:
             raise ExportError(f"{folder / CONFIG}: num_classes is {classes!r}, not a positive number")
         model = create_backbone(str(folder), num_classes=classes, pretrained=False)
     elif "model_type" in values:
-        from pyra.export.auto import empty_transformers_model
-
-        model = empty_transformers_model(folder, values)
+        model = _auto().empty_transformers_model(folder, values)
     else:
         raise ExportError(f"{folder / CONFIG} describes neither a model of timm nor one of transformers")
     merging = values.get(KEY)
@@ -132,6 +138,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     problems += [f"{key} is not in the file" for key in own if key not in state]
     problems += [f"{key} has no place in the model" for key in state if key not in own]
     problems += value_problems({key: value for key, value in state.items() if own.get(key, value).is_floating_point()})
+    types = sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
+    problems += [f"it mixes weights of {' and '.join(types)}"] if len(types) > 1 else []
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ExportError(f"{path} does not fit its {CONFIG}: {shown}")
@@ -149,7 +157,14 @@ def open_file(folder: Path, record: ExportRecord, runtime: str, threads: int | N
     return with_threads(lambda pixel_values: logits_of(model(pixel_values.to(dtype))), threads)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _auto() -> Any:
+    """Import :mod:`pyra.export.auto` after the Auto models of transformers, see :mod:`pyra.registering`."""
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    return importlib.import_module("pyra.export.auto")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read ``config.json``; raises :class:`ExportError` where it is missing or no JSON object."""
     try:
         values = read_json(path)
     except FileNotFoundError:

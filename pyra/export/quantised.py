@@ -7,7 +7,6 @@ tensor class comes from the file.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.errors import ExportError
+from pyra.errors import ExportError, PyraError
 from pyra.export import hf
 from pyra.export.loading import damaged
 from pyra.export.programs import with_threads
@@ -53,11 +52,11 @@ def open_file(folder: Path, record: ExportRecord, runtime: str, threads: int | N
         state = load_file(path)
     except Exception as error:  # safetensors raises a class of its own for each defect
         raise damaged(path, error) from None
+    values = hf.read_config(folder / hf.CONFIG)
     try:
-        values = json.loads((folder / hf.CONFIG).read_text(encoding="utf-8"))
         model = hf.empty_model(folder, values)
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise error if isinstance(error, ExportError) else damaged(folder / hf.CONFIG, error) from None
+    except PyraError as error:
+        raise error if isinstance(error, ExportError) else ExportError(f"{folder}: {error}") from None
     hf.give_lengths(model, state)
     quantise(model, record.format)
     _fill(model, state, path)

@@ -16,6 +16,7 @@ from pyra.records import record_problems
 
 RECORD = "export.json"
 VERSION = 1
+_LONGEST = 255  # bytes of a file name
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def _problems(record: ExportRecord) -> list[str]:
     elif FORMATS[record.format].file not in record.files:
         problems.append(f"files leaves {FORMATS[record.format].file} out")
     problems += [
-        f"{name!r} is no file name" for name in record.files if name != Path(name).name or name[:1] in ("", ".")
+        f"{name[:80]!r} is no file name"
+        for name in record.files
+        if name != Path(name).name or name[:1] in ("", ".") or len(name.encode()) > _LONGEST
     ]
     problems += [f"{name!r} has the size {size!r}" for name, size in record.files.items() if type(size) is not int]
     if len(record.input_shape) != 3 or min(record.input_shape) < 1:

@@ -23,11 +23,11 @@ from pyra.export.formats import need
 if TYPE_CHECKING:
     from pyra.tasks.serving.app import create_app
     from pyra.tasks.serving.limits import Limits
-    from pyra.tasks.serving.server import serve
+    from pyra.tasks.serving.server import bound_socket, serve
 
-__all__ = ["Limits", "create_app", "need_libraries", "serve"]
+__all__ = ["Limits", "bound_socket", "create_app", "need_libraries", "serve"]
 
-_HOMES = {"Limits": "limits", "create_app": "app", "serve": "server"}
+_HOMES = {"Limits": "limits", "bound_socket": "server", "create_app": "app", "serve": "server"}
 _LIBRARIES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
 

@@ -26,11 +26,39 @@ _KEEP_ALIVE = 15  # seconds between two requests of a connection
 _HEADERS = 10.0  # seconds that a connection may take for the headers of its first request
 
 
+def bound_socket(host: str = "127.0.0.1", port: int = 8080) -> socket.socket:
+    """Take an address, before a model is opened for nothing; connections are refused until it is served.
+
+    Args:
+        host: address to listen on; the default is reached from this machine only.
+        port: to listen on; 0 takes a free one.
+
+    Raises:
+        ConfigError: where it cannot be had.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port must be in 0..65535, got {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host!r} is no address of this machine: {error}") from None
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} of {host} is in use: choose another --port, or 0 for a free one") from None
+        raise ConfigError(f"cannot listen on port {port} of {host}: {error.strerror}; choose another --port") from None
+    return bound
+
+
 def serve(
     classifier: Classifier,
+    where: socket.socket,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8080,
     limits: Limits | None = None,
     started: Callable[[str], None] = print,
 ) -> int:
@@ -38,19 +66,14 @@ def serve(
 
     Args:
         classifier: from :func:`pyra.tasks.predicting.open_classifier`.
-        host: address to listen on; the default is reached from this machine only.
-        port: to listen on; 0 takes a free one.
+        where: to listen, from :func:`bound_socket`.
         limits: the defaults if None.
         started: called with the server's address when it answers.
 
     Returns:
         The signal that ended it.
-
-    Raises:
-        ConfigError: where it cannot listen there.
     """
     limits = limits or Limits()
-    listening = _listen(host, port)
     app = create_app(classifier, limits)
     config = uvicorn.Config(
         app,
@@ -68,33 +91,11 @@ def serve(
     )
     # Said of images that are refused anyway.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    name, bound = listening.getsockname()[:2]
-    address = f"http://{f'[{name}]' if ':' in name else name}:{bound}"
+    name, port = where.getsockname()[:2]
+    address = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     server = _Server(config, app.state.service, lambda: started(address))
-    server.run(sockets=[listening])
+    server.run(sockets=[where])
     return server.ended_by
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 2**16:
-        raise ConfigError(f"--port must be in 0..65535, got {port}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {host!r} is no address of this machine: {error}") from None
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(_BACKLOG)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} of {host} is in use: choose another --port, or 0 for a free one") from None
-        raise ConfigError(f"cannot listen on port {port} of {host}: {error.strerror}; choose another --port") from None
-    return listening
 
 
 class _Server(uvicorn.Server):

@@ -234,3 +234,45 @@ def test_what_a_killed_writer_left_does_not_come_along(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [
         ".pyra-run", "adapter", "adapter_config.json", "result.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["export/notes", "export/onnx/notes", "export/mine/model.onnx"])
+def test_own_files_among_the_exports_of_a_run_bar_its_replacement(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write(folder, result_json="old")
+    for format in ("onnx", "hf"):
+        write(folder / "export" / format, "export", export_json="1")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    before = tree(tmp_path)
+    told = name.removeprefix("export/") if "onnx/notes" in name else name.split("/")[1]
+    with pytest.raises(OutputError, match=rf"export holds files that are not from pyra \({told}\)"):
+        write(folder, overwrite=True, result_json="new")
+    assert tree(tmp_path) == before
+
+
+def test_exports_of_a_run_go_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write(folder, result_json="old")
+    for format in ("onnx", "hf-0.3"):
+        write(folder / "export" / format, "export", export_json="1", measured_json="1", config_json="1")
+    write(folder, overwrite=True, result_json="new")
+    assert set(tree(folder)) == {CLAIM_FILE, "result.json"} and (folder / "result.json").read_text() == "new"
+
+
+def test_an_export_is_replaced_by_one_of_another_format_and_other_files_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write(folder, "export", export_json="old", config_json="old", **{"model.safetensors": "old"})
+    (folder / "notes").write_text("mine")
+    write(folder, "export", overwrite=True, export_json="new", **{"model.onnx": "new"})
+    assert set(tree(folder)) == {CLAIM_FILE, "export.json", "model.onnx", "notes"}
+
+
+def test_a_link_to_an_export_is_no_export_of_the_run(tmp_path: Path) -> None:
+    write(tmp_path / "a", result_json="old")
+    write(tmp_path / "elsewhere", "export", export_json="1")
+    (tmp_path / "a" / "export").mkdir()
+    (tmp_path / "a" / "export" / "onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match=r"not from pyra \(onnx\)"):
+        write(tmp_path / "a", overwrite=True, result_json="new")
+    assert (tmp_path / "elsewhere" / "export.json").read_text() == "1"

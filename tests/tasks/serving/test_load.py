@@ -24,12 +24,7 @@ from pyra.tasks.training import train
 
 pytestmark = pytest.mark.slow(reason="trains a run, starts a process and loads it for some seconds")
 
-COMMAND = """
-import sys
-from pyra.scripts import main
-main.VERBS.setdefault("serve", ("pyra.scripts.serve", ""))
-sys.exit(main.main(["serve", *sys.argv[1:]]))
-"""
+COMMAND = (sys.executable, "-m", "pyra.scripts.main", "serve")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,7 @@ class Server:
     """The command in a process of its own, with what it says."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        line = [sys.executable, "-c", COMMAND, str(folder), "--port", "0", "--threads", "1", *flags]
+        line = [*COMMAND, str(folder), "--port", "0", "--threads", "1", *flags]
         self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         assert self.process.stdout is not None
@@ -118,7 +113,7 @@ BROKEN = {"ConnectionResetError", "BrokenPipeError", "IncompleteReadError"}
 
 def test_a_port_in_use_is_one_line(server: Server, run_folder: Path) -> None:
     port = server.url.rpartition(":")[2]
-    line = [sys.executable, "-c", COMMAND, str(run_folder), "--port", port]
+    line = [*COMMAND, str(run_folder), "--port", port]
     second = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert second.returncode == 2 and second.stdout == ""
     assert (

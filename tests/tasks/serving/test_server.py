@@ -39,7 +39,8 @@ def running(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     def start(**limits: float) -> tuple[Address, Any]:
         address: list[str] = []
         settings: dict[str, Any] = {"limits": Limits(**{"max_wait_ms": 0.0, **limits}), "started": address.append}  # type: ignore[arg-type]
-        thread = threading.Thread(target=module.serve, args=(classifier_of(model),), kwargs={"port": 0, **settings})
+        where = module.bound_socket(port=0)
+        thread = threading.Thread(target=module.serve, args=(classifier_of(model), where), kwargs=settings)
         thread.start()
         until(lambda: bool(address))
         servers.append((made[-1], thread))
@@ -116,14 +117,14 @@ def test_requests_in_work_are_answered_before_the_end(running: Any, model: Model
         socket.create_connection(address)
 
 
-def test_a_port_in_use_and_what_is_no_port(running: Any, model: Model) -> None:
+def test_a_port_in_use_and_what_is_no_port(running: Any) -> None:
     (host, port), _ = running()
     with pytest.raises(ConfigError, match=f"port {port} of 127.0.0.1 is in use"):
-        module.serve(classifier_of(model), host=host, port=port)
+        module.bound_socket(host, port)
     with pytest.raises(ConfigError, match=r"--port must be in 0\.\.65535, got 70000"):
-        module.serve(classifier_of(model), port=70_000)
+        module.bound_socket(port=70_000)
     with pytest.raises(ConfigError, match=r"--host 'no\.such\.host\.invalid'"):
-        module.serve(classifier_of(model), host="no.such.host.invalid")
+        module.bound_socket("no.such.host.invalid")
 
 
 def test_limits_that_cannot_be_are_all_named() -> None:
