@@ -75,12 +75,16 @@ def quantise(model: nn.Module, format: str) -> None:
     config = (
         Int8DynamicActivationInt8WeightConfig()
         if format == INT8
-        else IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(_GROUP))
+        else IntxWeightOnlyConfig(weight_dtype=_int4(), granularity=PerGroup(_GROUP))
     )
     quantize_(model.eval(), config, filter_fn=_fits)
     model.requires_grad_(False)
     if not any(_inner(value) for value in model.state_dict().values()):
         raise ExportError(f"this model has no linear layers of a multiple of {_GROUP} inputs to quantise")
+
+
+def _int4() -> Any:
+    return getattr(torch, "int4")  # noqa: B009 - torch has it, its annotations do not
 
 
 def _fits(module: nn.Module, name: str) -> bool:
@@ -98,7 +102,7 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if not inner:
         yield name, value
     for part in inner:
-        four = getattr(value, "target_dtype", None) == torch.int4 and part == "qdata"
+        four = getattr(value, "target_dtype", None) == _int4() and part == "qdata"
         yield f"{name}.{part}{_PACKED if four else ''}", getattr(value, part)
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def cost_rows(subject: Subject) -> list[Row]:
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         seconds, grown, size, operators = pool.apply(_cost, (subject,))
-    told = {
+    told: dict[str, Any] = {
         "measured": f"export to onnx, {LEVEL}, LoRA folded",
         "implementation": "pyra",
         "backbone": subject.backbone,
