@@ -292,7 +292,7 @@ def _foreign(folder: Path, known: tuple[str, ...]) -> list[str]:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink() and _kind_of(entry) == "export":
             foreign += [f"{entry.name}/{inner}" for inner in _foreign(entry, _INSIDE["export"])]
-        elif entry.name not in known:
+        elif entry.name not in known and entry.name not in _IGNORED and not entry.name.startswith(_PARTIAL):
             foreign.append(entry.name)
     return sorted(foreign)
 

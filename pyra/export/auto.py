@@ -15,35 +15,17 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from pyra.errors import ExportError
+from pyra.export.merged_config import MergedConfig
 from pyra.files import write_json
 
 _BACKBONE, _MERGING = "backbone", "pyra"
 _FETCHED = ["config.json", "model.safetensors"]
 _IGNORED = ("auto_map", "custom_pipelines", "_name_or_path", "transformers_version")
 _KERNELS = ("attn_implementation", "experts_implementation")  # which may name code on the hub
-
-
-class MergedConfig(PreTrainedConfig):
-    """Configuration of an exported model.
-
-    Args:
-        backbone: configuration of the model whose tokens merge.
-        pyra: what merges in it; None where nothing does.
-        kwargs: of every configuration, such as ``id2label``.
-    """
-
-    model_type = "pyra"
-
-    def __init__(
-        self, backbone: dict[str, Any] | None = None, pyra: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.backbone, self.pyra = backbone or {}, pyra
 
 
 class MergedForImageClassification(PreTrainedModel):
@@ -70,7 +52,6 @@ class MergedModel(PreTrainedModel):
 
 def register() -> None:
     """Make the Auto classes know exported models."""
-    AutoConfig.register(MergedConfig.model_type, MergedConfig, exist_ok=True)
     AutoModel.register(MergedConfig, MergedModel, exist_ok=True)
     AutoModelForImageClassification.register(MergedConfig, MergedForImageClassification, exist_ok=True)
 
@@ -131,3 +112,6 @@ def _opened(name: Any, kwargs: dict[str, Any]) -> Any:
         folder = Path(snapshot_download(str(name), allow_patterns=_FETCHED, **where))
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     return load_model(folder, dtype=None if dtype in (None, "auto") else dtype)
+
+
+register()

@@ -88,7 +88,7 @@ def _graph(model: nn.Module, job: Job) -> Any:
                 optimize=False,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
+    except Exception as error:  # torch raises whatever came up in the model, or in its exporter
         raise ExportError(f"torch.onnx cannot export this model: {' '.join(str(error).split())[:300]}") from None
     assert program is not None
     graph: Any = program.model

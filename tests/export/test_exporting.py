@@ -146,11 +146,20 @@ def test_a_model_that_returns_no_logits(output: Any, said: str, images: Images, 
 
 
 def test_prompts_do_not_fold(tiny: nn.Module, images: Images, tmp_path: Path) -> None:
+    tiny.peft_config = {"default": peft.PromptTuningConfig()}  # as PEFT's models of prompts have it, and no way to fold
+    with pytest.raises(ExportError, match="no layers that fold into weights"):
+        export_model(tiny, tmp_path, "hf", example_input=images(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_that_stay_in_the_model_are_not_lost_in_silence(
+    tiny: nn.Module, images: Images, tmp_path: Path
+) -> None:
     from pyra.adapters import adapt
     from pyra.adapters.prompts import VisualPromptsConfig
 
     model = adapt(tiny, peft=VisualPromptsConfig())
-    with pytest.raises(ExportError, match="no layers that fold into weights"):
+    with pytest.raises(ExportError, match="visual_prompts has no place in the model"):
         export_model(model, tmp_path, "hf", example_input=images(2))
     assert list(tmp_path.iterdir()) == []
 

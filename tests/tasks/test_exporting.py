@@ -104,6 +104,7 @@ def test_calibration_takes_training_images(run: Path) -> None:
     assert not any(torch.equal(image, other) for image in subject.batch for other in subject.calibration)
 
 
+@pytest.mark.filterwarnings("ignore:rate 0.20 is outside")
 def test_an_export_is_replaced_only_on_request(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     export_run(run, folder, format="hf", images=2)
