@@ -17,7 +17,9 @@ const labels = JSON.parse(metadata.labels);
 const side = Number(metadata.image_size);
 const [mean, std] = [metadata.mean, metadata.std].map((text) => text.split(" ").map(Number));
 
-const upright = sharp(image).rotate().flatten({ background: "white" }).toColourspace("srgb").removeAlpha();
+// Pillow ignores colour profiles, so they were ignored in training.
+const decoded = sharp(image, { ignoreIcc: true });
+const upright = decoded.rotate().flatten({ background: "white" }).toColourspace("srgb").removeAlpha();
 const { data, info } = await upright.raw().toBuffer({ resolveWithObject: true });
 const pixels = normalise(squash(data, info.width, info.height, side), side, mean, std);
 

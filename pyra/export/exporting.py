@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib
 import shutil
@@ -26,7 +28,7 @@ from pyra.export.report import Comparison, ExportReport, compare
 from pyra.files import read_json, write_json
 
 _RANDOM = 8  # random inputs compared besides the real ones
-_BATCH = 8  # inputs in one forward of a comparison: memory
+_BATCH = 2  # inputs a forward of a comparison: more would take OpenVINO more memory than the weights
 _STAGING = ".partial-"
 _BESIDE = ("config.json", "README.md")  # files of some formats beside the weights
 _LIBRARIES = ("pyra-adapt", "torch", "onnx", "onnxruntime", "openvino", "torchao", "timm", "transformers")
@@ -112,7 +114,7 @@ def export_model(
         )
         inputs = torch.cat([example, _random_like(example)])
         expected, operators = _written(model, staging, job, inputs)
-        gc.collect()  # graphs are circles of nodes: the copy of the weights goes with them
+        _give_memory_back()
         real = len(example)
         if chosen.rounds:  # ranges were made for real inputs
             inputs, expected = inputs[:real], expected[:real]
@@ -120,6 +122,7 @@ def export_model(
         comparisons = []
         for runtime in installed_runtimes(chosen):
             actual = _run(staging, record, runtime, inputs)
+            _give_memory_back()
             merges = any(job.schedule or ())
             comparisons.append(
                 compare(runtime, expected, actual, tolerance=tolerance, merges=merges, real=min(real, len(expected)))
@@ -228,6 +231,17 @@ def _run(staging: Path, record: ExportRecord, runtime: str, inputs: Tensor) -> T
     run = open_in(staging, record, runtime, threads=None)
     parts = [inputs[:1], *inputs[1:].split(_BATCH)]
     return torch.cat([run(part).float() for part in parts if len(part)])
+
+
+def _give_memory_back() -> None:
+    """Free the folded copy before the runtimes make theirs.
+
+    Graphs are circles of nodes, which only the collector frees; and glibc keeps what it gave out in pieces of up to
+    32 MB, which most weights are, until it is asked for it.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _record(

@@ -13,7 +13,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ def write(model: nn.Module, staging: Path, job: Job) -> dict[str, int]:
             plain.unlink()
     else:
         write_streamed(graph, path, job.metadata)
-        del graph
+        return _counted(node.op_type for node in graph.graph)
     return operators_of(path)
 
 
@@ -120,8 +120,11 @@ def operators_of(path: Path) -> dict[str, int]:
     """Count the operators of an ONNX file, the most frequent first."""
     import onnx
 
-    nodes = onnx.load(str(path), load_external_data=False).graph.node
-    return dict(Counter(node.op_type for node in nodes).most_common())
+    return _counted(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
+
+
+def _counted(operators: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(operators).most_common())
 
 
 def open_file(folder: Path, record: ExportRecord, runtime: str, threads: int | None) -> Callable[[Tensor], Tensor]:

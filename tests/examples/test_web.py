@@ -27,26 +27,31 @@ METADATA = {
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="no node on this machine")
 
 
-def test_images_are_squashed_as_pillow_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [61, 200])
+def test_images_are_squashed_as_pillow_does(side: int, tmp_path: Path) -> None:
     image = decode_image(EXAMPLES / "demo.jpg")
     (tmp_path / "raw").write_bytes(np.asarray(image).tobytes())
     script = (
         f"import {{ squash }} from {json.dumps((EXAMPLES / 'web' / 'pixels.mjs').as_uri())};"
         "import { readFileSync, writeFileSync } from 'node:fs';"
         f"const raw = readFileSync({json.dumps(str(tmp_path / 'raw'))});"
-        f"writeFileSync({json.dumps(str(tmp_path / 'out'))}, squash(raw, {image.width}, {image.height}, 61));"
+        f"writeFileSync({json.dumps(str(tmp_path / 'out'))}, squash(raw, {image.width}, {image.height}, {side}));"
     )
     subprocess.run(["node", "--input-type=module", "-e", script], check=True, capture_output=True)
-    found = np.fromfile(tmp_path / "out", dtype=np.uint8).reshape(61, 61, 3).transpose(2, 0, 1)
-    np.testing.assert_array_equal(found, squash(image, 61, "bicubic"))
+    found = np.fromfile(tmp_path / "out", dtype=np.uint8).reshape(side, side, 3).transpose(2, 0, 1)
+    np.testing.assert_array_equal(found, squash(image, side, "bicubic"))
 
 
 @pytest.mark.slow(reason="installs onnxruntime-web")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on this machine")
 def test_onnx_answers_in_node_as_in_python(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     for name in ("package.json", "package-lock.json", "classify.mjs", "pixels.mjs"):
         shutil.copy(EXAMPLES / "web" / name, tmp_path / name)
-    install = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=tmp_path, capture_output=True, text=True)
+    install = subprocess.run(
+        ["npm", "ci", "--no-audit", "--no-fund", "--fetch-retries=0"], cwd=tmp_path, capture_output=True, text=True
+    )
     if install.returncode:
+        assert "EUSAGE" not in install.stderr, "package-lock.json does not fit package.json"
         pytest.skip(f"npm cannot install onnxruntime-web here: {install.stderr[-200:]}")
     export_model(model, tmp_path / "onnx", "onnx", example_input=images, metadata=METADATA)
     image = EXAMPLES / "demo.jpg"
@@ -57,4 +62,4 @@ def test_onnx_answers_in_node_as_in_python(model: nn.Module, images: Tensor, tmp
     (expected,) = classifier.probabilities(classifier.prepare(decode_image(image))[None])
     assert found["index"] == int(expected.argmax()) and found["label"] == classifier.labels[found["index"]]
     assert expected.max() - expected.min() > 0.05
-    torch.testing.assert_close(torch.tensor(found["logits"]).softmax(-1), expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(torch.tensor(found["logits"]).softmax(-1), expected, rtol=0, atol=1e-4)
