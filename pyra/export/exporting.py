@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import importlib
 import shutil
 import tempfile
@@ -23,6 +20,7 @@ from pyra.errors import ConfigError, ExportError, PyraError, is_out_of_memory
 from pyra.export.folding import folded_copy
 from pyra.export.formats import FORMATS, Format, format_named, installed_runtimes
 from pyra.export.loading import open_in
+from pyra.export.memory import give_memory_back
 from pyra.export.record import RECORD, ExportRecord
 from pyra.export.report import Comparison, ExportReport, compare
 from pyra.files import read_json, write_json
@@ -114,7 +112,7 @@ def export_model(
         )
         inputs = torch.cat([example, _random_like(example)])
         expected, operators = _written(model, staging, job, inputs)
-        _give_memory_back()
+        give_memory_back()
         real = len(example)
         if chosen.rounds:  # ranges were made for real inputs
             inputs, expected = inputs[:real], expected[:real]
@@ -122,7 +120,7 @@ def export_model(
         comparisons = []
         for runtime in installed_runtimes(chosen):
             actual = _run(staging, record, runtime, inputs)
-            _give_memory_back()
+            give_memory_back()
             merges = any(job.schedule or ())
             comparisons.append(
                 compare(runtime, expected, actual, tolerance=tolerance, merges=merges, real=min(real, len(expected)))
@@ -231,17 +229,6 @@ def _run(staging: Path, record: ExportRecord, runtime: str, inputs: Tensor) -> T
     run = open_in(staging, record, runtime, threads=None)
     parts = [inputs[:1], *inputs[1:].split(_BATCH)]
     return torch.cat([run(part).float() for part in parts if len(part)])
-
-
-def _give_memory_back() -> None:
-    """Free the folded copy before the runtimes make theirs.
-
-    Graphs are circles of nodes, which only the collector frees; and glibc keeps what it gave out in pieces of up to
-    32 MB, which most weights are, until it is asked for it.
-    """
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _record(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyra.errors import ExportError
 from pyra.export.formats import ONNXRUNTIME
 from pyra.export.loading import damaged
+from pyra.export.memory import give_memory_back
 from pyra.export.onnx_file import write_streamed
 
 if TYPE_CHECKING:
@@ -157,7 +158,11 @@ def _in_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
     # Float32 unless the graph says otherwise: by default OpenVINO rounds to bfloat16 where the CPU is good at it.
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    give_memory_back()  # of the file's bytes
+    compiled = core.compile_model(model, "CPU", options)
+    del model
 
     def run(pixel_values: Tensor) -> Tensor:
         return torch.from_numpy(compiled([pixel_values.contiguous().numpy()])[0].copy())
