@@ -35,8 +35,10 @@ class Exported:
         """Return logits [B, classes], float32, of pixel values [B, 3, H, W].
 
         Raises:
-            ConfigError: for an input of another shape than the model was exported for.
+            ConfigError: for no tensor, or one of another shape than the model was exported for.
         """
+        if not isinstance(pixel_values, Tensor):
+            raise ConfigError(f"the exported model takes a tensor, got {type(pixel_values).__name__}")
         shape = list(pixel_values.shape)
         if shape[1:] != self.record.input_shape or not shape[0]:
             expected = ", ".join(map(str, self.record.input_shape))
@@ -78,7 +80,9 @@ def load_exported(
         )
     if runtime is not None and runtime not in format.runtimes:
         close = did_you_mean(runtime, format.runtimes)
-        raise ConfigError(f"runtime {runtime!r} does not open {format.name}{close}; {', '.join(format.runtimes)} does")
+        raise ConfigError(
+            f"runtime {runtime!r} does not open {format.name}{close}; it opens in {', '.join(format.runtimes)}"
+        )
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be a positive number, got {threads}")
     chosen = runtime or next(iter(installed_runtimes(format)), format.runtimes[0])

@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(
     ("arguments", "said"),
     [
         ({"runtime": "onnxruntim"}, r"runtime 'onnxruntim' does not open onnx \(did you mean 'onnxruntime'\?\)"),
-        ({"runtime": "pytorch"}, "runtime 'pytorch' does not open onnx.*; onnxruntime, openvino does"),
+        ({"runtime": "pytorch"}, "runtime 'pytorch' does not open onnx.*; it opens in onnxruntime, openvino"),
         ({"runtime": ""}, "runtime '' does not open onnx"),
         ({"threads": 0}, "threads must be a positive number, got 0"),
         ({"threads": -1}, "threads must be a positive number, got -1"),
@@ -289,6 +289,11 @@ def test_how_an_export_cannot_be_opened(arguments: dict[str, Any], said: str, ex
 def test_inputs_that_were_not_exported_for(shape: tuple[int, ...], exported: Export) -> None:
     with pytest.raises(ConfigError, match=r"takes pixel values \[B, 3, 16, 16\] with B >= 1, got \["):
         load_exported(exported[0])(torch.zeros(shape))
+
+
+def test_an_array_is_no_tensor(exported: Export, images: Images) -> None:
+    with pytest.raises(ConfigError, match="takes a tensor, got ndarray"):
+        load_exported(exported[0])(images(1).numpy())  # type: ignore[arg-type]
 
 
 def test_inputs_of_any_type_and_layout(exported: Export, images: Images) -> None:
