@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     from tqdm import tqdm
 
-    from pyra.tasks.exporting import check_formats, export_subject, subject_of
+    from pyra.tasks.exporting import PYTORCH, check_formats, export_subject, subject_of
     from pyra.tasks.reports.exports import exports_table
 
     check_formats(options.format, options.rate)
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(exports_table(exports))
     batch = exports[0].measured
     print(
-        f"\nimages/s at batch {batch.batch_size}; the model in PyTorch: {batch.images_per_second['PyTorch model']:.0f}"
+        f"\nimages/s at batch {batch.batch_size}; the model in PyTorch: {batch.images_per_second[PYTORCH]:.0f}"
         f"\nnext: pyra predict {exports[0].folder} IMAGE, pyra serve {exports[0].folder}"
     )
     return 0

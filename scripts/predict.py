@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         example=(
             "pyra predict runs/a photo.jpg\n"
-            "  pyra predict runs/a/export photos/ --runtime openvino --top 1 --output answers.json"
+            "  pyra predict runs/a/export/onnx photos/ --runtime openvino --top 1 --output answers.json"
         ),
         positional="inputs",
     )

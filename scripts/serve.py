@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Images of several requests share a forward. Memory is bounded by the limits, whatever is sent."
         ),
         example=(
-            "pyra serve runs/a/export --port 8080\n"
+            "pyra serve runs/a/export/onnx --port 8080\n"
             "  curl -F image=@photo.jpg 'http://127.0.0.1:8080/predict?top=3'\n"
             "  curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg http://127.0.0.1:8080/predict"
         ),

@@ -22,7 +22,7 @@ from pyra.export.formats import FORMATS, Format, format_named, installed_runtime
 from pyra.export.loading import open_in
 from pyra.export.memory import give_memory_back
 from pyra.export.record import RECORD, ExportRecord
-from pyra.export.report import Comparison, ExportReport, compare
+from pyra.export.report import ExportReport, compare
 from pyra.files import read_json, write_json
 
 _RANDOM = 8  # random inputs compared besides the real ones
@@ -288,6 +288,3 @@ def _swap_in(staging: Path, folder: Path, record: dict[str, Any]) -> None:
         path.chmod(0o644)
         path.replace(folder / path.name)
     write_json(folder / RECORD, record)
-
-
-__all__ = ["Comparison", "Job", "LogitsOnly", "export_model", "logits_of"]

@@ -24,9 +24,8 @@ class Format:
         runtimes: that open it, the default first; it is compared in each that is installed.
         extra: of the distribution that installs what it needs.
         libraries: it cannot be written without.
-        tolerance: largest difference of the logits of an input, as a share of the largest logit. Of formats that round,
-            it is far below what a wrong scale or a wrong layout of the weights makes of them (over 1).
-        calibrated: whether it needs inputs to find the ranges of activations.
+        tolerance: largest difference of the logits of an input, as a share of the largest logit. For formats that round
+            it tells a broken export from a working one, not a good one from a bad one: that is what scoring is for.
         native: whether opening it runs machine code from the file.
     """
 
@@ -38,7 +37,6 @@ class Format:
     extra: str | None = None
     libraries: tuple[str, ...] = ()
     tolerance: float = _EXACT
-    calibrated: bool = False
     native: bool = False
 
     @property
@@ -47,9 +45,9 @@ class Format:
         return self.tolerance > _EXACT
 
 
-def _onnx(name: str, text: str, tolerance: float, runtimes: tuple[str, ...], calibrated: bool = False) -> Format:
+def _onnx(name: str, text: str, tolerance: float, runtimes: tuple[str, ...]) -> Format:
     needed = ("onnx", "onnxruntime", "onnxscript")
-    return Format(name, text, "model.onnx", "onnx", runtimes, "onnx", needed, tolerance, calibrated)
+    return Format(name, text, "model.onnx", "onnx", runtimes, "onnx", needed, tolerance)
 
 
 _BOTH = (ONNXRUNTIME, OPENVINO)
@@ -65,7 +63,7 @@ FORMATS: dict[str, Format] = {
         _onnx("onnx", "ONNX, float32", _EXACT, _BOTH),
         _onnx("onnx-fp16", "ONNX, float16", _HALF, _BOTH),
         _onnx("onnx-bf16", "ONNX, bfloat16", _HALF, (OPENVINO,)),
-        _onnx("onnx-int8", "ONNX, weights and activations int8, ranges from calibration", _INT8, _BOTH, True),
+        _onnx("onnx-int8", "ONNX, weights and activations int8, ranges from calibration", _INT8, _BOTH),
         _onnx("onnx-int8-dynamic", "ONNX, weights and activations int8, ranges found in each run", _INT8, _BOTH),
         _onnx("onnx-int8-weights", "ONNX, weights int8, activations float32", _INT8, _BOTH),
         Format(

@@ -2,8 +2,7 @@
 
 The graph is made of operators that TensorRT, OpenVINO and DirectML have (nothing is scattered:
 :mod:`pyra.kernels.exported`). What torch's exporter leaves - functions, constants computed in the graph, the same value
-computed twice - is tidied by passes of onnx-ir and onnxscript. The exporter's own optimizer does more and takes a third
-of the time of an export; its graphs were no faster in onnxruntime.
+computed twice - is tidied by passes of onnx-ir and onnxscript. The exporter's own optimizer does more and takes longer.
 """
 
 from __future__ import annotations
