@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyra.kernels.choice import at_once, compiled_on_a_cpu, exporting, on_device_of, runs_triton
+from pyra.kernels.choice import as_operator, at_once, compiled_on_a_cpu, on_device_of, runs_triton
 
 
 def bias(size: Tensor, dtype: torch.dtype, lowest: float, backend: str = "auto") -> Tensor:
@@ -23,8 +23,8 @@ def bias(size: Tensor, dtype: torch.dtype, lowest: float, backend: str = "auto")
         lowest: what padding gets. Not -inf: were all tokens padding, the softmax would be 0 / 0.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
     """
-    traced = compiled_on_a_cpu(size) and not torch.is_grad_enabled()
-    if traced or (not exporting() and runs_triton(size, backend)):
+    trained = compiled_on_a_cpu(size) and torch.is_grad_enabled()
+    if as_operator(size, backend) and not trained:
         run = _run if at_once(size) else torch.ops.pyra.size_bias
         result: Tensor = run(size, dtype, lowest, backend)
         return result

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyra import PyraConfig, match_tokens
 from pyra.errors import ConfigError, KernelError
 from pyra.kernels import backend, choice
+from pyra.kernels.bias import bias
 from pyra.kernels.choice import as_operator, interpreted, runs_triton
 
 CPU = torch.randn(1, 9, 4)
@@ -62,6 +64,15 @@ def test_a_compiled_graph_holds_operators_and_asks_for_no_device(name: str, recw
     torch.compile(step, backend=look, fullgraph=True)(torch.ones(3, device="meta"))
     assert ("add" in str(seen)) == (name == "triton")
     assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+
+
+def test_a_compiler_for_a_gpu_gets_the_bias_as_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying the kernels out is left to the operator: a compiler cannot trace it."""
+    monkeypatch.setattr(choice, "_agrees", lambda device: pytest.fail(f"tried on {device}"))
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    with FakeTensorMode():
+        found = bias(torch.ones(2, 5, 1, device="cuda"), torch.float32, -1e4)
+    assert found.shape == (2, 1, 1, 5)
 
 
 def test_blocks_of_threads_may_end_in_any_order() -> None:
