@@ -137,7 +137,9 @@ def _model(arguments: Sequence[str]) -> int:
         "model",
         description=(
             "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
-            "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training."
+            "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training, 'pyra benchmark\n"
+            "input' the images on their way to a training step, 'pyra benchmark exports' ONNX in its runtimes, 'pyra\n"
+            "benchmark serve' a server under load; each has a --help."
         ),
         example=(
             "pyra benchmark model --backbone vit_base_patch16_224 --batch-size 16\n"

@@ -107,6 +107,7 @@ def subject_of(run: str | Path, *, rate: float | None = None, images: int = 32) 
         "image_size": str(prepared.image_size),
         "mean": " ".join(map(str, prepared.mean)),
         "std": " ".join(map(str, prepared.std)),
+        "interpolation": test.interpolation,
         "task": task.name,
         "backbone": options.backbone if options.backbone == "demo" else Path(options.backbone).name,
     }

@@ -19,3 +19,10 @@ def quiet_libraries() -> None:
     for name in ("timm", "torch.distributed", "torch.onnx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|timm|transformers|torch)\b")
+    warnings.formatwarning = _in_one_line
+
+
+def _in_one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """Return a warning as a command says it: its text, without the line of code that gave it."""
+    text = " ".join(str(message).split()).removeprefix("pyra: ")
+    return f"pyra: warning: {text}\n"

@@ -244,4 +244,6 @@ def no_run(folder: Path, name: str) -> str:
         return f"{folder} holds an experiment: {named}"
     if left := unfinished(folder, "run"):
         return f"{folder} holds no finished run: {left[0]} is interrupted, and the same training with --resume goes on"
+    if (folder / "export.json").is_file():
+        return f"{folder} is an export, not a run: name the folder of the run that it was made of"
     return f"{folder} holds no finished run ({name} is missing); make one with `pyra train`"

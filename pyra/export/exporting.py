@@ -20,15 +20,16 @@ from pyra.errors import ConfigError, ExportError, PyraError, is_out_of_memory
 from pyra.export.folding import folded_copy
 from pyra.export.formats import FORMATS, Format, format_named, installed_runtimes
 from pyra.export.loading import open_in
+from pyra.export.logits import logits_of
 from pyra.export.memory import give_memory_back
-from pyra.export.record import RECORD, ExportRecord
+from pyra.export.record import RECORD, ExportRecord, digest_of
 from pyra.export.report import ExportReport, compare
 from pyra.files import read_json, write_json
 
 _RANDOM = 8  # random inputs compared besides the real ones
 _BATCH = 2  # inputs a forward of a comparison: more would take OpenVINO more memory than the weights
 _STAGING = ".partial-"
-_BESIDE = ("config.json", "README.md")  # files of some formats beside the weights
+_BESIDE = ("config.json", "preprocessor_config.json", "README.md")  # files of some formats beside the weights
 _LIBRARIES = ("pyra-adapt", "torch", "onnx", "onnxruntime", "openvino", "torchao", "timm", "transformers")
 
 
@@ -199,31 +200,6 @@ def _written(model: nn.Module, staging: Path, job: Job, inputs: Tensor) -> tuple
     return expected, operators or {}
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the logits [B, classes] of what a model returned: a tensor, or an output of transformers.
-
-    Raises:
-        ExportError: for a model that returns something else.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ExportError(f"an export returns logits [B, classes], this model {found}: give it a classification head")
-    return logits
-
-
-class LogitsOnly(nn.Module):
-    """A model whose output is the tensor of its logits, whatever its family returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return logits [B, classes] of pixel values [B, 3, H, W]."""
-        return logits_of(self.model(pixel_values))
-
-
 def _run(staging: Path, record: ExportRecord, runtime: str, inputs: Tensor) -> Tensor:
     """Return the logits of what was written, opened for this call alone; a batch of 1 and larger ones."""
     run = open_in(staging, record, runtime, threads=None)
@@ -234,11 +210,13 @@ def _run(staging: Path, record: ExportRecord, runtime: str, inputs: Tensor) -> T
 def _record(
     model: nn.Module, staging: Path, job: Job, classes: int, tolerance: float, operators: dict[str, int]
 ) -> ExportRecord:
-    files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+    paths = sorted(staging.iterdir())
+    files = {path.name: path.stat().st_size for path in paths}
     merges = job.schedule is not None
     return ExportRecord(
         format=job.format.name,
         files=files,
+        sha256={path.name: digest_of(path) for path in paths},
         input_shape=list(job.example.shape[1:]),
         classes=classes,
         schedule=job.schedule,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,13 +25,15 @@ from pyra.config import PyraConfig
 from pyra.errors import ConfigError, ExportError, PyraError
 from pyra.export.card import card
 from pyra.export.loading import damaged
-from pyra.files import read_json, write_text
+from pyra.export.logits import logits_of
+from pyra.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from pyra.export.exporting import Job
     from pyra.export.record import ExportRecord
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+PROCESSOR = "preprocessor_config.json"
 KEY = "pyra"
 _SCHEDULE = "solved_schedule"
 
@@ -46,6 +49,7 @@ def write(model: nn.Module, staging: Path, job: Job) -> None:
         if "share memory" not in str(error):
             raise
         raise ExportError("the format hf holds weights that layers share only once: choose another format") from None
+    _say_how_images_are_prepared(staging, job.metadata)
     write_text(staging / CARD, card(model, job))
 
 
@@ -61,6 +65,35 @@ def _save(model: Any, staging: Path, merging: dict[str, Any] | None) -> None:
         raise ExportError(
             f"the format hf holds models of timm and transformers, this is a {type(model).__name__}: choose another"
         )
+
+
+def _say_how_images_are_prepared(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Where ``metadata`` says it, as ``pyra export`` does: in the words of timm, or of transformers' image processors.
+
+    Images are squashed to the side of the model, nothing is cropped.
+    """
+    try:
+        side, resample = int(metadata["image_size"]), Image.Resampling[metadata["interpolation"].upper()]
+        mean, std = ([float(part) for part in metadata[name].split()] for name in ("mean", "std"))
+    except (KeyError, ValueError):  # metadata is the caller's own: it may mean something else by these names
+        return
+    config = read_config(folder / CONFIG)
+    if isinstance(told := config.get("pretrained_cfg"), dict):
+        told |= {"interpolation": metadata["interpolation"], "crop_pct": 1.0, "crop_mode": "squash"}
+        write_json(folder / CONFIG, config)
+    elif "model_type" in config:
+        processor = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": side, "width": side},
+            "resample": int(resample),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": mean,
+            "image_std": std,
+        }
+        write_json(folder / PROCESSOR, processor)
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -149,7 +182,6 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def open_file(folder: Path, record: ExportRecord, runtime: str, threads: int | None) -> Callable[[Tensor], Tensor]:
     """Open the folder as a callable on pixel values."""
-    from pyra.export.exporting import logits_of
     from pyra.export.programs import with_threads
 
     model = load_model(folder)

@@ -83,8 +83,8 @@ def load_exported(
         raise ConfigError(
             f"runtime {runtime!r} does not open {format.name}{close}; it opens in {', '.join(format.runtimes)}"
         )
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be a positive number, got {threads}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ConfigError(f"threads must be a positive whole number, got {threads!r}")
     chosen = runtime or next(iter(installed_runtimes(format)), format.runtimes[0])
     for library in (library_of(chosen), *(format.libraries if chosen == "pytorch" else ())):
         need(library, f"opening {format.name}", OPENVINO if library == OPENVINO else format.extra)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyra.errors import ExportError
 from pyra.export.formats import ONNXRUNTIME
 from pyra.export.loading import damaged
+from pyra.export.logits import LogitsOnly, logits_of
 from pyra.export.memory import give_memory_back
 from pyra.export.onnx_file import write_streamed
 
@@ -66,15 +67,11 @@ class _InHalf(nn.Module):
         self.model, self.dtype = model.to(dtype), dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        from pyra.export.exporting import logits_of
-
         return logits_of(self.model(pixel_values.to(self.dtype))).float()
 
 
 def _graph(model: nn.Module, job: Job) -> Any:
     """Return the onnx-ir model of a folded model, tidied."""
-    from pyra.export.exporting import LogitsOnly
-
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -88,12 +85,11 @@ def _graph(model: nn.Module, job: Job) -> Any:
                 optimize=False,
                 verbose=False,
             )
-    except Exception as error:  # torch raises whatever came up in the model, or in its exporter
+            assert program is not None
+            graph: Any = program.model
+            _tidy(graph)
+    except Exception as error:  # torch and onnxscript raise whatever came up in the model, or in themselves
         raise ExportError(f"torch.onnx cannot export this model: {' '.join(str(error).split())[:300]}") from None
-    assert program is not None
-    graph: Any = program.model
-    with _quiet():
-        _tidy(graph)
     return graph
 
 

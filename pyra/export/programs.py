@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyra.errors import ExportError
 from pyra.export.archive import refuse_code
 from pyra.export.loading import damaged
+from pyra.export.logits import LogitsOnly
 
 if TYPE_CHECKING:
     from pyra.export.exporting import Job
@@ -28,8 +29,6 @@ def traced(model: nn.Module, job: Job) -> Any:
     Raises:
         ExportError: for a model that torch cannot trace so, with its reason.
     """
-    from pyra.export.exporting import LogitsOnly
-
     shapes = ({0: torch.export.Dim("batch")},)
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyra.errors import ExportError, PyraError
 from pyra.export import hf
 from pyra.export.loading import damaged
+from pyra.export.logits import logits_of
 from pyra.export.programs import with_threads
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ def write(model: nn.Module, staging: Path, job: Job) -> None:
 
 def open_file(folder: Path, record: ExportRecord, runtime: str, threads: int | None) -> Callable[[Tensor], Tensor]:
     """Open the folder as a callable on pixel values."""
-    from pyra.export.exporting import logits_of
-
     path = folder / hf.WEIGHTS
     try:
         state = load_file(path)

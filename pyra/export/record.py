@@ -1,10 +1,12 @@
 """``export.json``: what an exported folder holds, written last, read first.
 
-A folder without one is unfinished or not ours. Sizes of files tell a cut-off copy before a library chokes on it.
+A folder without one is unfinished or not ours. Sizes and digests of files tell a damaged copy before a
+library chokes on it, or answers wrongly.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from pyra.export.formats import FORMATS
 from pyra.files import read_json
 from pyra.records import record_problems
 
-RECORD = "export.json"
+RECORD, CARD = "export.json", "README.md"
 VERSION = 1
 _LONGEST = 255  # bytes of a file name
 
@@ -26,6 +28,7 @@ class ExportRecord:
     Attributes:
         format: one of :data:`~pyra.export.formats.FORMATS`.
         files: names and sizes in bytes.
+        sha256: of each file; a record of an earlier version has none.
         input_shape: of one input, channels, height and width; the batch size is free.
         classes: length of the logits.
         schedule: tokens removed in each layer; None for a model that does not merge.
@@ -53,6 +56,7 @@ class ExportRecord:
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
 
@@ -60,7 +64,7 @@ def read_record(folder: Path) -> ExportRecord:
     """Read and check ``export.json`` of a folder.
 
     Raises:
-        ExportError: where the folder holds no finished export, one of a newer version, or files of other sizes.
+        ExportError: where the folder holds no finished export, one of a newer version, or files that are not its.
     """
     path = folder / RECORD
     if not path.is_file():
@@ -79,6 +83,8 @@ def read_record(folder: Path) -> ExportRecord:
         raise ExportError(f"{path} describes no export: {'; '.join(problems[:8])}")
     record = ExportRecord(**values)
     for name, size in record.files.items():
+        if name == CARD:  # whoever publishes the folder has more to say in it
+            continue
         if not (folder / name).is_file():
             raise ExportError(f"{folder}: {name} is missing, which {RECORD} lists; export again")
         found = (folder / name).stat().st_size
@@ -86,7 +92,22 @@ def read_record(folder: Path) -> ExportRecord:
             raise ExportError(
                 f"{folder / name} has {found} bytes, {RECORD} says {size}: it is damaged or another file; export again"
             )
+        if name in record.sha256 and record.sha256[name] != digest_of(folder / name):
+            raise ExportError(f"{folder / name} is not what was exported ({RECORD} has its SHA-256); export again")
     return record
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        ExportError: where it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _problems(record: ExportRecord) -> list[str]:

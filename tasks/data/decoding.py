@@ -66,9 +66,13 @@ def check_header(source: bytes | str | Path, *, max_pixels: int | None = None) -
 def _opened(source: bytes | str | Path, max_pixels: int | None, formats: tuple[str, ...]) -> Iterator[ImageFile]:
     if not isinstance(source, bytes):
         _refuse_pipe(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+    try:
+        opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+    except Image.DecompressionBombError:  # Pillow's own words name twice its limit
+        raise Image.DecompressionBombError(f"more pixels than the {limit} allowed") from None
+    with opened as image:
         pixels = image.width * image.height
-        limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
         # Pillow itself only warns up to twice its limit.
         if limit is not None and pixels > limit:
             raise Image.DecompressionBombError(f"{pixels} pixels, more than the {limit} allowed")

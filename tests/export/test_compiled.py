@@ -36,7 +36,7 @@ def test_a_compiled_model(wrapped: nn.Module, images: Images, tmp_path: Path) ->
     record = json.loads((folder / "export.json").read_text())
     whole = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(whole[: len(whole) // 2])
-    (folder / "export.json").write_text(json.dumps({**record, "files": {FILE: len(whole) // 2}}))
+    (folder / "export.json").write_text(json.dumps({**record, "files": {FILE: len(whole) // 2}, "sha256": {}}))
     with pytest.raises(ExportError, match=r"model\.pt2: not a readable PT2 file"):
         load_exported(folder, trust_code=True)
 
@@ -48,7 +48,7 @@ def test_machine_code_is_not_opened_before_its_user_trusts_it(
     monkeypatch.setattr(torch._inductor, "aoti_load_package", reached.append)
     record = json.loads((exported[0] / "export.json").read_text())
     (tmp_path / FILE).write_bytes(b"code")
-    (tmp_path / "export.json").write_text(json.dumps({**record, "format": "aoti", "files": {FILE: 4}}))
+    (tmp_path / "export.json").write_text(json.dumps({**record, "format": "aoti", "files": {FILE: 4}, "sha256": {}}))
     with pytest.raises(ConfigError, match="aoti is machine code, which runs with your rights"):
         load_exported(tmp_path)
     assert reached == []

@@ -276,8 +276,8 @@ def test_a_full_disk_leaves_nothing_and_says_so(
         ({"runtime": "onnxruntim"}, r"runtime 'onnxruntim' does not open onnx \(did you mean 'onnxruntime'\?\)"),
         ({"runtime": "pytorch"}, "runtime 'pytorch' does not open onnx.*; it opens in onnxruntime, openvino"),
         ({"runtime": ""}, "runtime '' does not open onnx"),
-        ({"threads": 0}, "threads must be a positive number, got 0"),
-        ({"threads": -1}, "threads must be a positive number, got -1"),
+        ({"threads": 0}, "threads must be a positive whole number, got 0"),
+        ({"threads": -1}, "threads must be a positive whole number, got -1"),
     ],
 )
 def test_how_an_export_cannot_be_opened(arguments: dict[str, Any], said: str, exported: Export) -> None:

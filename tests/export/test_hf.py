@@ -12,8 +12,10 @@ from typing import Any
 
 import peft
 import pytest
+import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,10 +24,13 @@ from pyra.adapters import adapt
 from pyra.backbones import wrapped_config, wrapped_schedule
 from pyra.errors import ExportError
 from pyra.export import export_model, load_exported, load_model
+from pyra.tasks.data.decoding import squash
 
 Images = Callable[[int], Tensor]
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+DEMO_IMAGE = Path(__file__).parents[2] / "examples" / "demo.jpg"
+PREPARATION = {"image_size": "16", "mean": "0.4 0.5 0.6", "std": "0.2 0.3 0.4", "interpolation": "bicubic"}
 LABELS = {index: f"class {index}" for index in range(5)}
 
 
@@ -101,6 +106,33 @@ def test_a_transformers_model_comes_back_bit_for_bit(of_transformers: Path, imag
     assert torch.equal(logits(loaded, images(5)), logits(model, images(5)))
     assert torch.equal(load_exported(of_transformers)(images(5)), logits(model, images(5)))
     assert wrapped_schedule(loaded) == [4, 2]
+
+
+def prepared(image: Image.Image) -> Tensor:
+    """The pixel values that pyra makes of an image."""
+    pixels = torch.from_numpy(squash(image, 16, "bicubic")).float() / 255
+    mean, std = (torch.tensor([float(x) for x in PREPARATION[key].split()]).view(3, 1, 1) for key in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+def test_timm_prepares_images_as_pyra_does(wrapped: nn.Module, images: Images, tmp_path: Path) -> None:
+    wrapped.pretrained_cfg |= {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"}
+    export_model(wrapped, tmp_path / "a", "hf", example_input=images(2), metadata=PREPARATION)
+    config = timm.data.resolve_data_config(model=load_model(tmp_path / "a"))
+    image = Image.open(DEMO_IMAGE).convert("RGB")
+    found = timm.data.create_transform(**config)(image)
+    assert (found - prepared(image)).abs().max() < 0.02  # a step of 8 bits
+
+
+def test_transformers_prepares_images_as_pyra_does(images: Images, tmp_path: Path) -> None:
+    export_model(transformers_model(), tmp_path / "a", "hf", example_input=images(2), metadata=PREPARATION)
+    image = Image.open(DEMO_IMAGE).convert("RGB")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "a")
+    found = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert (found - prepared(image)).abs().max() < 0.04  # torchvision's filter rounds twice
+    classifier = transformers.pipeline("image-classification", model=str(tmp_path / "a"))
+    (best, *_) = classifier(image)
+    assert best["label"] == LABELS[int(logits(load_model(tmp_path / "a"), found[None]).argmax())]
 
 
 @pytest.mark.parametrize("kind", ["of_timm", "of_transformers"])

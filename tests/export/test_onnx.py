@@ -239,7 +239,7 @@ def test_a_file_that_no_runtime_reads(damage: str, exported: Export, tmp_path: P
     whole = (exported[0] / FILE).read_bytes()
     damaged = {"garbage": b"not an onnx file", "empty": b"", "truncated": whole[: len(whole) // 2]}[damage]
     record = json.loads((exported[0] / RECORD).read_text())
-    (tmp_path / RECORD).write_text(json.dumps({**record, "files": {FILE: len(damaged)}}))
+    (tmp_path / RECORD).write_text(json.dumps({**record, "files": {FILE: len(damaged)}, "sha256": {}}))
     (tmp_path / FILE).write_bytes(damaged)
     for runtime in installed_runtimes(FORMATS["onnx"]):
         with pytest.raises(ExportError, match=r"model\.onnx: not a readable ONNX file") as caught:

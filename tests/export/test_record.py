@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pyra.errors import ExportError
+from pyra.errors import ConfigError, ExportError
 from pyra.export import ExportReport, export_model, load_exported
 from pyra.export.record import RECORD, VERSION, read_record
 
@@ -55,6 +55,29 @@ def test_a_finished_export_says_what_it_is(folder: Path) -> None:
     assert record.megabytes == sum(record.files.values()) / 1e6
     assert (record.schedule, record.rate, record.input_shape, record.classes) == (None, None, [3, 16, 16], 5)
     assert {"torch", "timm"} <= record.environment.keys()
+
+
+def test_a_changed_byte_is_noticed(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "model.safetensors is not what was exported" in refusal(folder)
+    change(folder, sha256={})  # as an earlier version wrote it
+    load_exported(folder)
+
+
+def test_the_card_may_be_edited(folder: Path) -> None:
+    (folder / "README.md").write_text("# Ours")
+    load_exported(folder)
+    (folder / "README.md").unlink()
+    load_exported(folder)
+
+
+@pytest.mark.parametrize("threads", [0, "4", 1.5, True])
+def test_threads_that_are_no_number(folder: Path, threads: Any) -> None:
+    with pytest.raises(ConfigError, match="threads must be a positive whole number"):
+        load_exported(folder, threads=threads)
 
 
 def test_without_a_record_nothing_is_finished(folder: Path) -> None:

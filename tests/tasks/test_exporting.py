@@ -205,6 +205,12 @@ def test_what_the_command_refuses_in_one_line(
     assert contents(run) == before
 
 
+def test_an_export_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_run(run, tmp_path / "a", format="hf")
+    assert main(["export", str(tmp_path / "a"), "--format", "hf"]) == 2
+    assert "is an export, not a run: name the folder of the run" in one_line(capsys)
+
+
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in (["export"], ["export", str(tmp_path)], ["export", str(tmp_path / "missing"), "--format", "hf"]):
         assert main(line) == 2

@@ -506,6 +506,12 @@ def test_pixels_of_unknown_range_are_refused(mode):
         decode_image(buffer.getvalue())
 
 
+def test_a_bomb_that_pillow_refuses_is_told_in_the_same_words(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # Pillow raises by itself from twice that on
+    with pytest.raises(Image.DecompressionBombError, match=r"^more pixels than the 50 allowed$"):
+        decode_image(encoded(size=(12, 10)))
+
+
 def test_a_decompression_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(Image.DecompressionBombError):
