@@ -29,6 +29,7 @@ ALLOWED = {
         "tasks/*",
         "pyra/export/*",
         "pyra/backbones/hf_*.py",
+        "pyra/backbones/joyai*.py",
         "scripts/prepare_demo_task.py",  # the two makers of the shipped demo files
         "scripts/pretrain_demo_backbone.py",
     ),

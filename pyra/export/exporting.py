@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from pyra.backbones import geometry, macs, wrapped_schedule
-from pyra.checkpoints import writing
+from pyra.checkpoints import file_digest, writing
 from pyra.errors import ConfigError, ExportError, PyraError, is_out_of_memory
 from pyra.export.folding import folded_copy
 from pyra.export.formats import FORMATS, Format, format_named, installed_runtimes
 from pyra.export.loading import open_in
 from pyra.export.logits import logits_of
 from pyra.export.memory import give_memory_back
-from pyra.export.record import RECORD, ExportRecord, digest_of
+from pyra.export.record import RECORD, ExportRecord
 from pyra.export.report import ExportReport, compare
 from pyra.files import read_json, write_json
 
@@ -216,7 +216,7 @@ def _record(
     return ExportRecord(
         format=job.format.name,
         files=files,
-        sha256={path.name: digest_of(path) for path in paths},
+        sha256={path.name: file_digest(path) for path in paths},
         input_shape=list(job.example.shape[1:]),
         classes=classes,
         schedule=job.schedule,

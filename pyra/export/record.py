@@ -6,11 +6,11 @@ library chokes on it, or answers wrongly.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyra.checkpoints import file_digest
 from pyra.errors import ExportError
 from pyra.export.formats import FORMATS
 from pyra.files import read_json
@@ -92,22 +92,9 @@ def read_record(folder: Path) -> ExportRecord:
             raise ExportError(
                 f"{folder / name} has {found} bytes, {RECORD} says {size}: it is damaged or another file; export again"
             )
-        if name in record.sha256 and record.sha256[name] != digest_of(folder / name):
+        if name in record.sha256 and record.sha256[name] != file_digest(folder / name):
             raise ExportError(f"{folder / name} is not what was exported ({RECORD} has its SHA-256); export again")
     return record
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits.
-
-    Raises:
-        ExportError: where it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _problems(record: ExportRecord) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -69,8 +70,9 @@ def _opened(source: bytes | str | Path, max_pixels: int | None, formats: tuple[s
     limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     try:
         opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-    except Image.DecompressionBombError:  # Pillow's own words name twice its limit
-        raise Image.DecompressionBombError(f"more pixels than the {limit} allowed") from None
+    except Image.DecompressionBombError as error:  # Pillow's own words name twice its limit
+        found = next(iter(re.findall(r"\d+", str(error))), "too many")
+        raise Image.DecompressionBombError(f"{found} pixels, more than the {limit} allowed") from None
     with opened as image:
         pixels = image.width * image.height
         # Pillow itself only warns up to twice its limit.
