@@ -115,7 +115,12 @@ def load_model(folder: str | Path, **kwargs: Any) -> JoyAIForCausalLM:
 
 
 def save_checkpoint(
-    model: JoyAIForCausalLM, folder: str | Path, *, mtp: str | Path | None = None, shard: str = "5GB"
+    model: JoyAIForCausalLM,
+    folder: str | Path,
+    *,
+    mtp: str | Path | None = None,
+    shard: str = "5GB",
+    model_type: str = MODEL_TYPES[0],
 ) -> None:
     """Write a model in the published layout: a matrix an expert, and the MTP layer in a shard of its own.
 
@@ -124,11 +129,15 @@ def save_checkpoint(
         folder: that is made; it is there as a whole or not at all.
         mtp: a checkpoint folder whose MTP weights go along; without it the configuration says that there are none.
         shard: size of a file at most, as transformers reads it.
+        model_type: what the configuration calls itself; as ``deepseek_v3`` transformers opens it without pyra.
 
     Raises:
+        ConfigError: for an unknown ``model_type``.
         OutputError: where ``folder`` holds something already.
         CheckpointError: where ``mtp`` holds no MTP weights, or those of another width.
     """
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} is there already: choose another folder")
@@ -142,7 +151,7 @@ def save_checkpoint(
                 save_file(drafting, staging / MTP, metadata={"format": "pt"})
         _index(staging, drafting)
         values = _json(staging / CONFIG)
-        values["architectures"] = PUBLISHED["architectures"]
+        values |= {"architectures": PUBLISHED["architectures"], "model_type": model_type}
         values["num_nextn_predict_layers"] = model.config.num_nextn_predict_layers if drafting else 0
         write_json(staging / CONFIG, values)
         staging.chmod(0o755)
