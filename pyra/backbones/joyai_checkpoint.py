@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +31,9 @@ _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj$")
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Of a configuration: what names code, or a kernel that would be fetched from the hub.
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_IGNORED = ("model_type", "auto_map", "custom_pipelines", *_KERNELS)
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
@@ -60,8 +64,8 @@ def check_checkpoint(folder: str | Path) -> Checkpoint:
     """Read the configuration, the index and the headers of all shards, no weights.
 
     Raises:
-        CheckpointError: for a configuration of another model, missing or cut-off shards, or experts whose number is not
-            that of the configuration. All problems of a kind are named at once.
+        CheckpointError: for a configuration of another model, missing or cut-off shards, experts whose number is not
+            that of the configuration, or tensors of other sizes. All problems of a kind are named at once.
     """
     folder = Path(folder).expanduser()
     values = _json(folder / CONFIG)
@@ -69,7 +73,7 @@ def check_checkpoint(folder: str | Path) -> Checkpoint:
     if kind not in MODEL_TYPES:
         raise CheckpointError(f"{folder / CONFIG}: model_type is {kind!r}, not one of {', '.join(MODEL_TYPES)}")
     try:
-        config = JoyAIConfig(**{key: value for key, value in values.items() if key not in ("model_type", "auto_map")})
+        config = JoyAIConfig(**{key: value for key, value in values.items() if key not in _IGNORED})
     except Exception as error:  # transformers has several classes for values that do not fit
         raise CheckpointError(f"{folder / CONFIG}: {' '.join(str(error).split())[:200]}") from None
     named = _weight_map(folder)
@@ -85,7 +89,7 @@ def check_checkpoint(folder: str | Path) -> Checkpoint:
         if absent:
             raise CheckpointError(f"{folder / file} does not hold {_some(absent)}, which {INDEX} says")
         shapes |= {name: header[name] for name, home in named.items() if home == file}
-    problems = _expert_problems(config, shapes)
+    problems = _expert_problems(config, shapes) or _shape_problems(config, shapes)
     if problems:
         raise CheckpointError(f"{folder} does not fit its {CONFIG}: {'; '.join(problems[:4])}")
     return Checkpoint(folder, config, shapes, named)
@@ -132,10 +136,14 @@ def save_checkpoint(
         model_type: what the configuration calls itself; as ``deepseek_v3`` transformers opens it without pyra.
 
     Raises:
-        ConfigError: for an unknown ``model_type``.
+        ConfigError: for an unknown ``model_type``, or a model of another class, such as one with an adapter around it.
         OutputError: where ``folder`` holds something already.
         CheckpointError: where ``mtp`` holds no MTP weights, or those of another width.
     """
+    if not isinstance(model, JoyAIForCausalLM):
+        raise ConfigError(
+            f"save_checkpoint writes a JoyAIForCausalLM, got {type(model).__name__}: fold its adapter first"
+        )
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
     folder = Path(folder).expanduser()
@@ -255,6 +263,24 @@ def _expert_problems(config: JoyAIConfig, shapes: Mapping[str, list[int]]) -> li
         if not single[layer] and "experts" not in counts[layer]:
             problems.append(f"layer {layer} has no experts")
     return problems
+
+
+def _shape_problems(config: JoyAIConfig, shapes: Mapping[str, list[int]]) -> list[str]:
+    """Name tensors of other sizes than the configuration's; a quantised checkpoint has sizes of its own."""
+    if getattr(config, "quantization_config", None):
+        return []
+    with torch.device("meta"):
+        expected = {name: list(value.shape) for name, value in JoyAIForCausalLM(config).state_dict().items()}
+    for name in [name for name in expected if name.endswith(".experts.gate_up_proj")]:
+        stem, (experts, both, width) = name.removesuffix("gate_up_proj"), expected[name]
+        for index in range(experts):
+            sides = {"gate_proj": [both // 2, width], "up_proj": [both // 2, width], "down_proj": [width, both // 2]}
+            expected |= {f"{stem}{index}.{projection}.weight": shape for projection, shape in sides.items()}
+    return [
+        f"{name} is {shapes[name]}, not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
 
 
 def _json(path: Path) -> dict[str, Any]:

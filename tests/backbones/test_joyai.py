@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -266,6 +267,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config of wrong types": (set_config(hidden_size="wide"), "hidden_size"),
     "more experts than there are": (set_config(n_routed_experts=16), "layer 1 lacks gate_proj of experts 8, 9, 10, 11"),
     "fewer experts": (set_config(n_routed_experts=4), "layer 1 has 8 experts, not 4"),
+    "another width": (set_config(hidden_size=32), r"model.embed_tokens.weight is \[512, 64\], not \[512, 32\]"),
+    "wider experts": (
+        set_config(moe_intermediate_size=48),
+        r"gate_proj.weight is \[32, 64\], not \[48, 64\]",
+    ),
     "a lost expert": (lose_an_expert, "layer 1 lacks up_proj of experts 3"),
     "a shard missing": (lambda f: (f / "model-2-of-4.safetensors").unlink(), "model-2-of-4.safetensors is missing"),
     "a shard cut off": (truncate, r"model-2-of-4.safetensors has \d+ bytes, its header says \d+"),
@@ -295,6 +301,21 @@ def test_a_damaged_folder_is_told_in_one_line(damage: str, published: Path) -> N
     with pytest.raises(CheckpointError, match=said) as caught:
         load_model(published)
     assert "\n" not in str(caught.value) and str(published) in str(caught.value)
+
+
+def test_nothing_that_a_configuration_names_is_fetched_or_run(published: Path) -> None:
+    (published / "evil.py").write_text("raise SystemExit('ran')")
+    keys = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+    set_config(**dict.fromkeys(keys, "evil/kernel"), auto_map={"AutoModelForCausalLM": "evil.Evil"})(published)
+    model = load_model(published)
+    assert (model.config._attn_implementation, model.config._experts_implementation) == ("sdpa", "grouped_mm")
+
+
+def test_a_model_with_an_adapter_around_it_is_not_written(published: Path, tmp_path: Path) -> None:
+    adapted = peft.get_peft_model(load_model(published), peft.LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(ConfigError, match="got PeftModel: fold its adapter first"):
+        save_checkpoint(adapted, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_tensors_that_an_index_leaves_out_are_named(published: Path) -> None:
