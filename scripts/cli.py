@@ -315,6 +315,8 @@ def _unknown(rest: Sequence[str], fields: typing.Iterable[str]) -> str:
     """Return the message for what argparse could not place; stray values are not listed beside unknown flags."""
     known = [*map(_flag, fields), "--config", "--print-config", "--help"]
     names = [token.partition("=")[0] for token in rest if token.startswith("-")]
+    if places := [name for name in names if name in known]:  # a flag in configuration files alone
+        return f"{places[0]} is no flag here: give its value by itself"
     if names:
         listed = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in names)
         return f"unknown flag{'s' if len(names) > 1 else ''} {listed}"

@@ -126,6 +126,10 @@ def test_unknown_flags_come_together_with_suggestions() -> None:
     assert "pyra try --help" in message
 
 
+def test_a_positional_written_as_a_flag_is_told_apart() -> None:
+    assert "--run is no flag here: give its value by itself" in error_of("--run", "runs/a")
+
+
 def test_abbreviations_are_not_guessed() -> None:
     assert "unknown flag '--over'" in error_of("--over")
 
