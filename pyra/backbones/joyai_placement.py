@@ -53,15 +53,17 @@ def place(
         dtype: of the weights, a name of torch.
 
     Raises:
-        ConfigError: where they do not fit: says what they take and what there is; for an unknown plan, or a number of
-            devices that does not divide the experts.
+        ConfigError: where they do not fit: says what they take and what there is; for an unknown plan or dtype, or a
+            number of devices that does not divide the experts.
 
     >>> sum(place([140 * 10**9]).weight_bytes)
-    97885085184
+    97885105152
     """
     configuration = config() if configuration is None else configuration
     if plan not in PLANS:
         raise ConfigError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype must be a name of torch, such as bfloat16, got {dtype!r}")
     if not memory or min(memory) < 1:
         raise ConfigError(f"memory must name the bytes of one device or more, got {list(memory)}")
     with torch.device("meta"):

@@ -364,6 +364,7 @@ def test_a_device_map_names_every_module(published: Path) -> None:
         ({"memory": [24 * GB] * 2, "plan": "fsdp2"}, "fsdp2 takes .* of weights on each of 2 devices"),
         ({"memory": [80 * GB] * 3, "plan": "expert-parallel"}, "256 experts cannot be shared out equally to 3 devices"),
         ({"memory": []}, "memory must name the bytes"),
+        ({"memory": [80 * GB], "dtype": "bf16"}, "dtype must be a name of torch, such as bfloat16, got 'bf16'"),
         ({"memory": [0]}, "memory must name the bytes"),
         ({"memory": [80 * GB], "plan": "tensor"}, "plan must be one of layers, fsdp2, expert-parallel"),
     ],
