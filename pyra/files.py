@@ -49,6 +49,19 @@ def read_json(path: str | Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_object(path: str | Path, error: type[Exception], hint: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object; everything else is an ``error``, which a missing file gives a ``hint``."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise error(f"{Path(path).parent}: no {Path(path).name} there; {hint}") from None
+    except (OSError, ValueError) as reason:
+        raise error(f"{path}: not a readable JSON file ({' '.join(str(reason).split())[:200]})") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 

@@ -368,6 +368,7 @@ def _finish(rows: list[Any], options: Any) -> int:
     here = environment(options.device)
     rows = [replace(row, environment=here) for row in rows]
     print(table(rows))
-    write_rows(options.output, rows, asdict(options))
+    settings = {name: value for name, value in asdict(options).items() if name != "output"}  # a path of this machine
+    write_rows(options.output, rows, settings)
     print(f"\n{len(rows)} rows in {options.output} ({here['device']}, torch {here['torch']})")
     return 0

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = _measured(options, Path(folder))
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
-    write_json(options.output, {"options": asdict(options), "rows": rows, "environment": environment("cpu")})
+    settings = {name: value for name, value in asdict(options).items() if name != "output"}
+    write_json(options.output, {"options": settings, "rows": rows, "environment": environment("cpu")})
     print(f"written to {options.output}")
     return 0
 
@@ -162,34 +163,33 @@ def _branch(graph: GraphProto, prefix: str, weights: dict[str, Any]) -> GraphPro
 
 
 def _in_onnxruntime(path: Path, threads: int, *, joined: bool) -> Run:
-    import numpy as np
-    import onnxruntime
+    from pyra.export.onnx import onnxruntime_session
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(path, threads)
 
     def run(batch: np.ndarray, second: bool) -> np.ndarray:
-        feeds = {"pixel_values": batch} | ({SWITCH: np.array(second)} if joined else {})
-        logits: np.ndarray = session.run(None, feeds)[0]
+        logits: np.ndarray = session.run(None, _inputs(batch, second, joined))[0]
         return logits
 
     return run
 
 
 def _in_openvino(path: Path, threads: int, *, joined: bool) -> Run:
-    import numpy as np
-    import openvino
+    from pyra.export.onnx import openvino_model
 
-    asked = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", asked)
+    compiled = openvino_model(path, threads)
 
     def run(batch: np.ndarray, second: bool) -> np.ndarray:
-        given = {"pixel_values": batch} | ({SWITCH: np.array(second)} if joined else {})
-        logits: np.ndarray = compiled(given)[0].copy()
+        logits: np.ndarray = compiled(_inputs(batch, second, joined))[0].copy()
         return logits
 
     return run
+
+
+def _inputs(batch: np.ndarray, second: bool, joined: bool) -> dict[str, Any]:
+    import numpy as np
+
+    return {"pixel_values": batch} | ({SWITCH: np.array(second)} if joined else {})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ ALLOWED = {
     "matplotlib": ("tasks/reports/*",),
     "plotly": ("tasks/reports/*",),
     "onnx": ("pyra/export/*", "scripts/study_rate_input.py"),  # which joins two graphs
-    "onnxruntime": ("pyra/export/*", "scripts/study_rate_input.py"),
+    "onnxruntime": ("pyra/export/*",),
     "triton": ("pyra/kernels/*",),
 }
 # the parts of the mechanism that models and exporters are built from, never the other way round

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyra.backbones.joyai import MODEL_TYPES, PUBLISHED, JoyAIConfig, JoyAIForCausalLM
 from pyra.checkpoints import writing
 from pyra.errors import CheckpointError, ConfigError, OutputError
-from pyra.files import read_json, write_json
+from pyra.files import read_object, write_json
 
 CONFIG, SINGLE, INDEX, MTP = "config.json", "model.safetensors", "model.safetensors.index.json", "model-mtp.safetensors"
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.")
@@ -284,15 +284,7 @@ def _shape_problems(config: JoyAIConfig, shapes: Mapping[str, list[int]]) -> lis
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give the folder of a checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    return read_object(path, CheckpointError, "give the folder of a checkpoint")
 
 
 def _some(names: Iterable[object]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyra.errors import DataError
+from pyra.errors import ConfigError, DataError
 from pyra.experts.layers import expert_layers
 
 METHODS: tuple[str, ...] = ("reap", "frequency")
@@ -37,9 +37,9 @@ class ExpertScores:
     saliency: Tensor
 
     def by(self, method: str) -> Tensor:
-        """Return [L, E] float64: what experts are ranked by, of :data:`METHODS`."""
+        """Return [L, E] float64: what experts are ranked by, of :data:`METHODS`; :class:`ConfigError` for another."""
         if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+            raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         return self.saliency if method == "reap" else self.tokens.double()
 
 

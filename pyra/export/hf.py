@@ -26,7 +26,7 @@ from pyra.errors import ConfigError, ExportError, PyraError
 from pyra.export.card import card
 from pyra.export.loading import damaged
 from pyra.export.logits import logits_of
-from pyra.files import read_json, write_json, write_text
+from pyra.files import read_object, write_json, write_text
 
 if TYPE_CHECKING:
     from pyra.export.exporting import Job
@@ -197,12 +197,4 @@ def _auto() -> Any:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read ``config.json``; raises :class:`ExportError` where it is missing or no JSON object."""
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise ExportError(f"{path.parent}: no {CONFIG} there; give a folder of the format hf") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: not a readable JSON file ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(values, dict):
-        raise ExportError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+    return read_object(path, ExportError, "give a folder of the format hf")

@@ -133,13 +133,18 @@ def open_file(folder: Path, record: ExportRecord, runtime: str, threads: int | N
         raise damaged(path, error) from None
 
 
-def _in_onnxruntime(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+def onnxruntime_session(path: Path, threads: int) -> Any:
+    """Open a file in onnxruntime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _in_onnxruntime(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    session = onnxruntime_session(path, threads)
 
     def run(pixel_values: Tensor) -> Tensor:
         (logits,) = session.run([OUTPUT], {INPUT: pixel_values.contiguous().numpy()})
@@ -148,7 +153,8 @@ def _in_onnxruntime(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _in_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+def openvino_model(path: Path, threads: int) -> Any:
+    """Open and compile a file in OpenVINO, on the CPU."""
     import openvino
 
     # Float32 unless the graph says otherwise: by default OpenVINO rounds to bfloat16 where the CPU is good at it.
@@ -156,8 +162,11 @@ def _in_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     core = openvino.Core()
     model = core.read_model(str(path))
     give_memory_back()  # of the file's bytes
-    compiled = core.compile_model(model, "CPU", options)
-    del model
+    return core.compile_model(model, "CPU", options)
+
+
+def _in_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    compiled = openvino_model(path, threads)
 
     def run(pixel_values: Tensor) -> Tensor:
         return torch.from_numpy(compiled([pixel_values.contiguous().numpy()])[0].copy())

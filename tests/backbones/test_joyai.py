@@ -261,7 +261,7 @@ def lose_an_expert(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "no such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json there; give the folder of a checkpoint"),
     "config of a llama": (set_config(model_type="llama"), "model_type is 'llama', not one of joyai_llm_flash"),
     "config that is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "config of wrong types": (set_config(hidden_size="wide"), "hidden_size"),
