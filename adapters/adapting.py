@@ -14,7 +14,7 @@ from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.starts import changes_weights, remember_start
 from pyra.adapters.targets import REACTIVATION, fill_in_targets, trained_modules
-from pyra.backbones import locate, wrap
+from pyra.backbones import is_decoder, locate, wrap
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError, PyraError, UnsupportedModelError
 
@@ -150,7 +150,9 @@ def _refuse_other_blocks(adapted: nn.Module, config: PeftConfig) -> None:
 
 
 def is_image_model(model: nn.Module) -> bool:
-    """Whether the tokens of a model could merge: an image encoder, alone or in a larger model."""
+    """Whether a model reads images and its tokens could merge: an image encoder, alone or in a larger model."""
+    if is_decoder(model):
+        return False
     try:
         locate(model)
     except UnsupportedModelError:

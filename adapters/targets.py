@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, PeftConfig, TrainableTokensConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TrainableTokensConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as LNTUNING_TARGETS
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from torch import nn
 
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.prompts.model import prompt_target
-from pyra.backbones import locate
+from pyra.backbones import is_decoder, locate
 from pyra.backbones.layers import REACTIVATION as REACTIVATION
 from pyra.errors import ConfigError, UnsupportedModelError
 
@@ -21,10 +22,11 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
-    """Set ``target_modules`` (in place) where it is None and the model an image model; PEFT knows language models.
+    """Set ``target_modules`` (in place) where it is None and the model an image model; PEFT knows most language models.
 
     Norm tuning takes the norms of the image encoder, prompts the place where its tokens come from, every other method
-    the projections to queries, keys and values. (IA)3 rescales those alone: none of them feeds an MLP.
+    the projections to queries, keys and values. (IA)3 rescales those alone: none of them feeds an MLP. Of decoders that
+    LoRA does not know in PEFT (JoyAI, DeepSeek-V3) it takes all projections of the attention.
 
     Raises:
         ConfigError: for visual prompts, where the model has no place for them.
@@ -33,7 +35,15 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
         return
     if isinstance(config, TrainableTokensConfig):
         return
+    if is_decoder(model) and not isinstance(config, VisualPromptsConfig):
+        if isinstance(config, LoraConfig) and _kind(model) not in LORA_TARGETS:
+            config.target_modules = _attention_targets(model)
+        elif isinstance(config, LNTuningConfig) and _kind(model) not in LNTUNING_TARGETS:
+            config.target_modules = norm_targets(model, model) or None
+        return
     try:
+        if is_decoder(model):
+            raise UnsupportedModelError(f"{type(model).__name__} reads words")
         _, core = locate(model)
     except UnsupportedModelError as error:
         if isinstance(config, VisualPromptsConfig):
@@ -50,6 +60,14 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     config.target_modules = projection_targets(model, core)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
         config.feedforward_modules = []
+
+
+def _attention_targets(model: nn.Module) -> list[str]:
+    """Name the linear layers of a decoder's attention."""
+    inside = re.compile(r"\.self_attn\.(\w+)$")
+    found = {match[1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+             and (match := inside.search(name))}  # fmt: skip
+    return sorted(found)
 
 
 def _kind(model: nn.Module) -> str | None:

@@ -14,17 +14,19 @@ from pyra.errors import ConfigError, did_you_mean
 from pyra.files import write_json
 from pyra.kernels.choice import BACKENDS
 from pyra.matching import METHODS, ORDERS, Order
+from pyra.prompt_matching import RULES
 from pyra.records import record_problems
 from pyra.schedule import preset_schedule
 
 VERSION = 1
+PROMPT_PRESETS = ("safe", "fast")
 
 
 @dataclass(frozen=True)
 class PyraConfig:
     """How a backbone's tokens are merged and re-activated.
 
-    Exactly one of ``schedule`` and ``rate`` is given.
+    Exactly one of ``schedule`` and ``rate`` is given; decoders also take ``keep``, or ``preset`` alone.
 
     Args:
         schedule: tokens removed in each block, one entry a block.
@@ -52,6 +54,15 @@ class PyraConfig:
             weighs keys with their sizes, and the mask where there are gradients; ``"augmented"``, further channels of
             queries and keys, so that kernels without a mask run; ``"flex"``, a kernel that ``flex_attention``
             compiles. See :mod:`pyra.attention`.
+        rule: how the prompts of a decoder become shorter: ``"importance"``, the tokens that the end of the prompt looks
+            at least fold into the next that stays; ``"bipartite"``, pairs of like keys, a later token the destination;
+            two controls, without re-activation: ``"drop"`` leaves out those of ``"importance"``, ``"truncate"``
+            the beginning of the prompt. See :mod:`pyra.prompt_matching`.
+        keep: layer of a decoder -> share of the prompt that is left after it.
+        size_bias: layers of a decoder whose attention adds log(size) of the keys, or all (True) or none (False) of
+            them; None: the second half. Not with ``proportional_attention=False``.
+        preset: where a decoder merges: ``"safe"``, at two thirds of the depth, which needs no training; ``"fast"``, the
+            earlier the higher the rate. None is ``"fast"``.
 
     Raises:
         ConfigError: listing every problem at once.
@@ -73,12 +84,19 @@ class PyraConfig:
     window: int = 1
     backend: str = "auto"
     attention: str = "auto"
+    rule: str = "importance"
+    keep: dict[int, float] | None = None
+    size_bias: list[int] | bool | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         """Check all fields together."""
         problems = []
-        if (self.schedule is None) == (self.rate is None):
-            problems.append("give exactly one of schedule and rate")
+        given = [name for name in ("schedule", "rate", "keep") if getattr(self, name) is not None]
+        if len(given) != 1 and not (self.preset and not given):
+            problems.append("give exactly one of schedule and rate (for a decoder: of schedule, rate and keep)")
+        elif self.preset and given and given != ["rate"]:
+            problems.append(f"preset says where a rate is saved, which {given[0]} says itself: give one of them")
         if self.schedule is not None:
             problems += _schedule_problems(self.schedule)
         if self.rate is not None and not (_is_number(self.rate) and 0 <= self.rate < 1):
@@ -87,10 +105,17 @@ class PyraConfig:
         for name in ("reactivation", "scaled_gates", "proportional_attention"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name} must be true or false, got {getattr(self, name)!r}")
-        named = (("matching", METHODS), ("order", ORDERS), ("backend", BACKENDS), ("attention", ATTENTIONS))
+        named = (
+            ("matching", METHODS),
+            ("order", ORDERS),
+            ("backend", BACKENDS),
+            ("attention", ATTENTIONS),
+            ("rule", RULES),
+            ("preset", PROMPT_PRESETS),
+        )
         for name, allowed in named:
             value = getattr(self, name)
-            if value not in allowed:
+            if value not in allowed and (name, value) != ("preset", None):
                 problems.append(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(str(value), allowed)}"
                 )
@@ -105,6 +130,9 @@ class PyraConfig:
                 problems.append("pruning drops every chosen token: give no threshold")
             if self.reactivation is True:
                 problems.append("pruning merges nothing that could be re-activated: give reactivation=False")
+        if self.rule in ("drop", "truncate") and self.reactivation is True:
+            problems.append(f"rule {self.rule!r} merges nothing that could be re-activated: give reactivation=False")
+        problems += _keep_problems(self.keep) + _bias_problems(self.size_bias, self.proportional_attention)
         if self.scaled_gates is True and self.reactivation is False:
             problems.append("scaled_gates scales what reactivation=False leaves out")
         if self.attention in ("fused", "augmented", "flex") and not self.proportional_attention:
@@ -118,6 +146,13 @@ class PyraConfig:
             object.__setattr__(self, "schedule", [int(r) for r in self.schedule])
         if self.rate_range is not None:
             object.__setattr__(self, "rate_range", [float(rate) for rate in self.rate_range])
+        if self.keep is not None:
+            object.__setattr__(self, "keep", {int(layer): float(share) for layer, share in self.keep.items()})
+
+    def decoder_options(self) -> list[str]:
+        """Name the options that are given and that only decoders have."""
+        found = [name for name in ("keep", "size_bias", "preset") if getattr(self, name) is not None]
+        return [*found, *(["rule"] if self.rule != "importance" else [])]
 
     @classmethod
     def paper(cls, backbone: str, level: str) -> PyraConfig:
@@ -142,6 +177,8 @@ class PyraConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"PyraConfig: expected keys and values, found {type(values).__name__}")
         values = dict(values)
+        if isinstance(values.get("keep"), dict):  # JSON has no numbers as keys
+            values["keep"] = {int(key) if str(key).isdecimal() else key: one for key, one in values["keep"].items()}
         version = values.pop("version", VERSION)
         problems = record_problems(cls, values)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
@@ -188,6 +225,28 @@ def _range_problems(rates: object) -> list[str]:
         return [f"rate_range must be two numbers, the lowest and the highest rate, got {rates!r}"]
     lowest, highest = rates
     return [] if 0 <= lowest <= highest < 1 else [f"rate_range must rise within [0, 1), got {rates!r}"]
+
+
+def _keep_problems(keep: object) -> list[str]:
+    if keep is None:
+        return []
+    if not isinstance(keep, dict) or not keep or not all(map(_is_whole, keep)):
+        return [f"keep must say which share of the prompt is left after a layer, such as {{10: 0.25}}; got {keep!r}"]
+    return [
+        f"keep of layer {layer} must be a share in (0, 1], got {share!r}"
+        for layer, share in keep.items()
+        if not (_is_number(share) and 0 < share <= 1)
+    ]
+
+
+def _bias_problems(layers: object, proportional: bool) -> list[str]:
+    if layers is None or isinstance(layers, bool):
+        told = layers is True and not proportional
+    elif isinstance(layers, (list, tuple)) and all(_is_whole(layer) and layer >= 0 for layer in layers):
+        told = bool(layers) and not proportional
+    else:
+        return [f"size_bias must be true, false or a list of layers, got {layers!r}"]
+    return ["size_bias adds what proportional_attention=False leaves out"] if told else []
 
 
 def _schedule_problems(schedule: object) -> list[str]:

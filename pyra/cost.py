@@ -28,6 +28,7 @@ class Geometry:
         embedding_macs: MACs before the first block (patch projection).
         projection_macs: MACs of the attention's linear layers for one token; None means ``4 * dim * attention_dim``.
         pooling_macs: MACs of attention pooling after the last block, where every token is seen again.
+        halving: whether a block removes at most half of the tokens that are not prefix tokens, as pairs do.
     """
 
     depth: int
@@ -40,6 +41,7 @@ class Geometry:
     embedding_macs: int = 0
     projection_macs: int | None = None
     pooling_macs: int = 0
+    halving: bool = True
 
 
 def token_counts(geometry: Geometry, schedule: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt fold into which: attention scores -> :class:`PromptPlan`.
+"""Which tokens of a prompt fold into which: attention scores, or keys -> :class:`PromptPlan`.
 
 A decoder reads a prompt once and answers it token by token. Tokens to which the end of the prompt pays least attention
 fold into the next token that survives, which keeps its own position: nothing moves ahead of what it stands for, so no
@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from pyra.matching import MergePlan
 
-RULES: tuple[str, ...] = ("importance", "drop", "truncate")
+RULES: tuple[str, ...] = ("importance", "bipartite", "drop", "truncate")
 FIRST, LAST = 1, 16
 """Tokens at the beginning and the end of a prompt that stay; the latter also tell what is important."""
+_BLOCK = 512  # tokens compared with all others at once
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,16 @@ def prompt_importance(
     return attention.sum(3).mean((1, 2)) / there.sum(1).clamp(min=1)[:, None]
 
 
-def tokens_to_remove(lengths: Tensor, keep: float, *, first: int = FIRST, last: int = LAST) -> Tensor:
+def tokens_to_remove(
+    lengths: Tensor, keep: float, *, gone: Tensor | int = 0, halving: bool = False, first: int = FIRST, last: int = LAST
+) -> Tensor:
     """Return [B]: how many tokens a prompt of each length loses.
 
     Args:
-        lengths: [B] tokens of the prompts, as they are now.
-        keep: share that stays, in (0, 1].
+        lengths: [B] tokens of the prompts as they were given.
+        keep: share of them that is left afterwards, in (0, 1].
+        gone: [B] tokens that they lost before.
+        halving: a token of every two may go at most, as ``"bipartite"`` pairs them.
         first: tokens at the beginning that stay.
         last: tokens at the end that stay.
 
@@ -102,8 +107,9 @@ def tokens_to_remove(lengths: Tensor, keep: float, *, first: int = FIRST, last: 
         raise ValueError(f"keep must be a share in (0, 1], got {keep}")
     if first < 0 or last < 1:
         raise ValueError(f"first must be at least 0 and last at least 1, got {first} and {last}")
-    asked = (lengths.double() * (1 - keep) + 1e-9).floor().long()  # 100 * (1 - 0.9) is 9.99...
-    return torch.minimum(asked, (lengths - first - last).clamp(min=0))
+    asked = (lengths.double() * (1 - keep) + 1e-9).floor().long() - gone  # 100 * (1 - 0.9) is 9.99...
+    free = (lengths - gone - first - last).clamp(min=0)
+    return asked.clamp(min=0).minimum(free // 2 if halving else free)
 
 
 def match_prompt(
@@ -113,18 +119,22 @@ def match_prompt(
     removed: Tensor,
     *,
     rule: str = "importance",
+    partner: Tensor | None = None,
     first: int = FIRST,
     last: int = LAST,
 ) -> PromptPlan:
     """Choose the tokens of each prompt that go, and the token that each of them folds into.
 
     Args:
-        scores: [B, N] from :func:`prompt_importance`; equal ones go from the front. Not read by ``"truncate"``.
+        scores: [B, N] from :func:`prompt_importance`; equal ones go from the front. Not read by ``"truncate"``. For
+            ``"bipartite"`` from :func:`prompt_pairs`.
         prompt: [B, N] bool, true on the tokens of the prompt, one run a row.
         padding: [B, N] bool, true on tokens that stand for nothing; not on the prompt.
         removed: [B] tokens that each prompt loses, from :func:`tokens_to_remove`.
-        rule: ``"importance"`` folds the lowest-scored tokens into the next that stays; two controls leave out what they
-            remove: ``"drop"`` the same tokens, ``"truncate"`` the front of the prompt after its ``first`` tokens.
+        rule: ``"importance"`` folds the lowest-scored tokens into the next that stays, ``"bipartite"`` into their
+            partners; two controls leave out what they remove: ``"drop"`` the tokens of ``"importance"``,
+            ``"truncate"`` the front of the prompt after its ``first`` tokens.
+        partner: [B, N] place that each token would fold into, for ``"bipartite"``.
         first: tokens at the beginning of a prompt that stay.
         last: tokens at its end that stay.
 
@@ -133,16 +143,18 @@ def match_prompt(
         weight 0.
 
     Raises:
-        ValueError: naming every argument that cannot be used.
+        ValueError: naming every argument whose shape, type or value cannot be used. What the masks hold is not
+            looked at, which would make the host wait for the device.
     """
-    problems = _problems(scores, prompt, padding, removed, rule, first, last)
+    problems = _problems(scores, prompt, padding, removed, rule, partner, first, last)
     if problems:
         raise ValueError("match_prompt: " + "; ".join(problems))
     batch, tokens = prompt.shape
     removed = removed.to(prompt.device)
     spare = padding.sum(1)
-    shrink = min(int((removed + spare).min()), max(tokens - 1, 0)) if batch else 0  # one token stays, if of padding
-    front = max(int(removed.max()) - shrink, 0) if batch else 0
+    least, most = torch.stack(((removed + spare).min(), removed.max())).tolist() if batch else (0, 0)
+    shrink = min(least, max(tokens - 1, 0))  # one token stays, if of padding
+    front = max(most - shrink, 0)
     prompt, padding = (F.pad(mask, (front, 0), value=value) for mask, value in ((prompt, False), (padding, True)))
     total, gone = tokens + front, shrink + front  # every row loses `gone` of `total`
     places = torch.arange(total, device=prompt.device).expand(batch, total)
@@ -160,11 +172,15 @@ def match_prompt(
     kept = torch.where(leaves, total + places, places).argsort(1)[:, : total - gone]
     stays = torch.where(leaves, total, places)  # its own place, or none
     following = stays.flip(1).cummin(1).values.flip(1)  # the next token that stays
+    if rule == "bipartite":
+        assert partner is not None
+        own = F.pad(partner + front, (front, 0))
+        following = torch.where(merged, own, following)
     # Of padding at the end, which has no next one: the last token that stays.
     destination = following.gather(1, source).minimum(kept[:, -1:]) if kept.shape[1] else source
     target = torch.searchsorted(kept.contiguous(), destination.contiguous()) if kept.shape[1] else source
     weight = torch.zeros(source.shape, device=source.device)
-    if rule == "importance":
+    if rule in ("importance", "bipartite"):
         weight = merged.gather(1, source).float()
     return PromptPlan(front, MergePlan(source, destination, kept, target, weight), removed)
 
@@ -176,12 +192,55 @@ def _ends(prompt: Tensor) -> tuple[Tensor, Tensor]:
     return end - prompt.sum(1), end
 
 
+def prompt_pairs(key: Tensor, prompt: Tensor, *, first: int = FIRST, last: int = LAST) -> tuple[Tensor, Tensor]:
+    """Pair tokens as ToMe does (arXiv 2210.09461, section 3): every other token with the one most like it.
+
+    Modification: the partner comes later, so that no token learns of its future.
+
+    Args:
+        key: [B, G, N, d]; their mean over heads is compared, by cosine.
+        prompt: [B, N] bool, true on the tokens of the prompt, one run a row.
+        first: tokens at the beginning of a prompt that stay.
+        last: tokens at its end that stay.
+
+    Returns:
+        Scores and partners for :func:`match_prompt`, [B, N] float32 and [B, N]. Score: one less similarity, and
+        infinity for a token that does not fold.
+    """
+    batch, tokens = prompt.shape
+    features = F.normalize(key.float().mean(1), dim=-1)
+    start, end = _ends(prompt)
+    places = torch.arange(tokens, device=prompt.device).expand(batch, tokens)
+    free = (places >= start[:, None] + first) & (places < end[:, None] - last)
+    within = places - start[:, None] - first  # parity counts from the prompt's own beginning: a batch changes nothing
+    source, target = free & (within % 2 == 0), free & (within % 2 == 1)
+    scores = torch.full((batch, tokens), math.inf, device=prompt.device)
+    partner = places.clone()
+    for begin in range(0, tokens, _BLOCK):  # no N x N matrix is held
+        rows = slice(begin, min(begin + _BLOCK, tokens))
+        alike = features[:, rows] @ features.transpose(1, 2)
+        allowed = target[:, None, :] & (places[:, None, :] > places[:, rows, None])
+        best, where = alike.masked_fill(~allowed, -math.inf).max(-1)
+        scores[:, rows] = torch.where(source[:, rows], 1 - best, math.inf)
+        partner[:, rows] = where
+    return scores, partner
+
+
 def _problems(
-    scores: Tensor, prompt: Tensor, padding: Tensor, removed: Tensor, rule: str, first: int, last: int
+    scores: Tensor,
+    prompt: Tensor,
+    padding: Tensor,
+    removed: Tensor,
+    rule: str,
+    partner: Tensor | None,
+    first: int,
+    last: int,
 ) -> list[str]:
     problems = []
     if rule not in RULES:
         problems.append(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if (partner is not None) != (rule == "bipartite"):
+        problems.append("partner goes with rule 'bipartite'")
     if first < 0 or last < 1:
         problems.append(f"first must be at least 0 and last at least 1, got {first} and {last}")
     for name, mask in (("prompt", prompt), ("padding", padding)):
@@ -190,15 +249,4 @@ def _problems(
             problems.append(f"{name} must be bool like scores, {list(scores.shape)}, got {found}")
     if removed.shape != scores.shape[:1] or removed.is_floating_point():
         problems.append(f"removed must be whole numbers [B], got {removed.dtype} {list(removed.shape)}")
-    if problems:
-        return problems
-    if (prompt & padding).any():
-        problems.append("padding lies on the prompt")
-    start, end = _ends(prompt)
-    places = torch.arange(prompt.shape[1], device=prompt.device)
-    if ((places >= start[:, None]) & (places < end[:, None]) & ~prompt).any():
-        problems.append("a prompt is not one run of tokens")
-    room = (end - start - first - last).clamp(min=0)
-    if (removed < 0).any() or (removed.to(room.device) > room).any():
-        problems.append(f"removed is {removed.tolist()}, of {room.tolist()} tokens that may go")
     return problems

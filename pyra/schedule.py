@@ -149,6 +149,8 @@ def schedule_problems(schedule: Sequence[int], geometry: Geometry) -> list[str]:
             problems.append(f"block {layer} removes {removed}: negative")
             continue
         most = removable(tokens, geometry.prefix_tokens)
+        if not geometry.halving:
+            most = max(tokens - geometry.prefix_tokens, 0)
         if removed > most:
             problems.append(f"block {layer} removes {removed} of {tokens} tokens: at most {most} can go")
         tokens -= min(removed, most)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyra import merge_tokens
-from pyra.prompt_matching import RULES, PromptPlan, match_prompt, prompt_importance, tokens_to_remove
+from pyra.prompt_matching import (
+    RULES,
+    PromptPlan,
+    match_prompt,
+    prompt_importance,
+    prompt_pairs,
+    tokens_to_remove,
+)
 
 Layout = tuple[int, int, int, int]  # padding, prompt, answer, padding
 
@@ -67,8 +76,11 @@ def test_a_row_of_a_batch_is_what_it_is_alone(
         torch.randn(len(rows), length, 3, generator=generator),
         torch.rand(len(rows), length, generator=generator),
     )
-    removed = tokens_to_remove(prompt.sum(1), keep, last=4)
-    plan = match_prompt(scores, prompt, padding, removed, rule=rule, last=4)
+    removed = tokens_to_remove(prompt.sum(1), keep, last=4, halving=rule == "bipartite")
+    partner = None
+    if rule == "bipartite":
+        scores, partner = prompt_pairs(x[:, None], prompt, last=4)
+    plan = match_prompt(scores, prompt, padding, removed, rule=rule, partner=partner, last=4)
     values, size = merged(plan, x, padding)
     together = real(values, size)
     place = real(plan.gather(torch.arange(length).expand_as(prompt))[..., None], size)
@@ -82,12 +94,13 @@ def test_a_row_of_a_batch_is_what_it_is_alone(
             *(mask[index : index + 1, own] for mask in (prompt, padding)),
             removed[index : index + 1],
             rule=rule,
+            partner=None if partner is None else partner[index : index + 1, own] - a,
             last=4,
         )
         assert alone.front == 0 and alone.plan.removed == removed[index]
         expected, sizes = merged(alone, x[index : index + 1, own], padding[index : index + 1, own])
         assert torch.equal(together[index], expected[0])
-        if rule == "importance":
+        if rule in ("importance", "bipartite"):
             assert sizes.sum() == p + c  # every word is counted once
         kept = (place[index][:, 0] - a).tolist()
         assert kept == sorted(kept) == alone.plan.kept[0].tolist()
@@ -96,6 +109,30 @@ def test_a_row_of_a_batch_is_what_it_is_alone(
     # The batch is as short as its longest row.
     assert values.shape[1] == max(1, *(len(row) for row in together))
     assert plan.plan.kept.gather(1, plan.plan.target).equal(plan.plan.destination)
+
+
+def test_pairs_are_the_most_alike_of_every_other_token_and_later_ones() -> None:
+    torch.manual_seed(0)
+    key = torch.randn(1, 2, 40, 8)
+    prompt, _ = masks((3, 30, 7, 0))
+    scores, partner = prompt_pairs(key, prompt, last=4)
+    mean = torch.nn.functional.normalize(key.double().mean(1)[0], dim=-1)
+    free = list(range(4, 29))
+    for place in range(40):
+        later = [other for other in free[1::2] if other > place]
+        if place not in free[::2] or not later:
+            assert scores[0, place] == math.inf
+            continue
+        best = max(later, key=lambda other: float(mean[place] @ mean[other]))
+        assert partner[0, place] == best
+        assert float(scores[0, place]) == pytest.approx(1 - float(mean[place] @ mean[best]), abs=1e-6)
+
+
+def test_shares_are_of_the_prompt_as_it_was_given() -> None:
+    lengths, gone = torch.tensor([100, 40, 10]), torch.tensor([50, 10, 0])
+    assert tokens_to_remove(lengths, 0.25, gone=gone).tolist() == [25, 13, 0]  # 13: 17 of 40 never go
+    assert tokens_to_remove(lengths, 0.6, gone=gone).tolist() == [0, 6, 0]
+    assert tokens_to_remove(lengths, 0.25, gone=gone, halving=True).tolist() == [16, 6, 0]
 
 
 def test_padding_is_added_where_a_batch_has_too_little() -> None:
@@ -152,14 +189,11 @@ def test_shares_that_are_none(keep: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rule": "merge"}, "rule must be one of importance, drop, truncate, got 'merge'"),
+        ({"rule": "merge"}, "rule must be one of importance, bipartite, drop, truncate, got 'merge'"),
+        ({"rule": "bipartite"}, "partner goes with rule 'bipartite'"),
         ({"last": 0}, "last at least 1"),
-        ({"removed": torch.tensor([4])}, r"removed is \[4\], of \[3\] tokens that may go"),
-        ({"removed": torch.tensor([-1])}, r"removed is \[-1\]"),
         ({"removed": torch.tensor([1.0])}, "removed must be whole numbers"),
-        ({"padding": torch.ones(1, 22, dtype=torch.bool)}, "padding lies on the prompt"),
         ({"prompt": torch.ones(1, 21, dtype=torch.bool)}, "prompt must be bool like scores"),
-        ({"prompt": (torch.arange(22) % 11 > 0)[None]}, "a prompt is not one run"),
     ],
 )
 def test_arguments_that_cannot_be_used(changes: dict[str, Tensor], said: str) -> None:

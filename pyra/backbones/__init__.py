@@ -1,8 +1,9 @@
 """Backbones: one file a family, and the verbs that know none of them.
 
 A family file gives ``obstacle`` (why a model cannot be merged), ``geometry``, ``patch_grid``, ``layers``, ``MERGING``
-(the layer that merges), ``prepare`` and ``restore`` (what else changes in a wrapped model) and ``features``. It is
-imported only when one of its models turns up. What all families share is in :mod:`pyra.backbones.layers`.
+(the layer that merges), ``prepare`` and ``restore`` (what else changes in a wrapped model) and ``features``; that of
+decoders also what their schedules mean (``schedule``, ``shares``, ``scaled``, ``rows``). It is imported only when one
+of its models turns up. What all families share is in :mod:`pyra.backbones.layers`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _FAMILIES = (
     ("timm.", "pyra.backbones.timm_vit"),
     ("transformers.", "pyra.backbones.hf_vision"),
 )
+_DECODERS = "pyra.backbones.hf_decoder"  # the family of a model of transformers that embeds words
 
 
 def wrap(model: Model, config: PyraConfig) -> Model:
@@ -76,13 +78,13 @@ def wrap(model: Model, config: PyraConfig) -> Model:
     if _is_in_force(model, config) and wrapped_schedule(model) == schedule:
         return model
     grid = family.patch_grid(core)
-    pairs = most_removed(sizes, schedule, config)
+    pairs = most_removed(family, core, schedule, config)
     if any(pairs):
         _refuse_patched(family.layers(core))
     unwrap(model)
     if any(pairs):
-        replace_layers(family.layers(core), _steps(sizes, schedule, pairs, config, grid), family.MERGING)
-        family.prepare(core)
+        replace_layers(family.layers(core), _steps(family, sizes, schedule, pairs, config, grid), family.MERGING)
+        family.prepare(core, _outer(model))
     core.pyra_config = config  # type: ignore[assignment]
     core.pyra_schedule = tuple(schedule)  # type: ignore[assignment]
     outer = _outer(model)
@@ -109,7 +111,7 @@ def unwrap(model: Model) -> Model:
                     "before unwrapping"
                 )
             restore_layers(family.layers(core))
-            family.restore(core)
+            family.restore(core, _outer(model))
         del core.pyra_config, core.pyra_schedule
         _outer(model).__dict__.pop("set_rate", None)
     return model
@@ -142,13 +144,15 @@ def set_rate(model: Model, rate: float | None = None, *, schedule: list[int] | N
     if before is None:
         raise ConfigError("set_rate switches a model that merges tokens: wrap or adapt it first")
     known = before.rate_range or [_rate_of(sizes, wrapped_schedule(model) or [])] * 2
-    config = dataclasses.replace(before, rate=rate, schedule=schedule, rate_range=known)
+    preset = None if schedule is not None else before.preset
+    asked = {"rate": rate, "schedule": schedule, "keep": None, "preset": preset, "rate_range": known}
+    config = dataclasses.replace(before, **asked)  # type: ignore[arg-type]
     new = schedule_of(model, config)
-    asked = _rate_of(sizes, new)
+    saved = _rate_of(sizes, new)
     trained = before.rate_range is not None or any(hasattr(x, REACTIVATION) for x in merging_layers(_core(model)))
-    if trained and not known[0] - _RATE_STEP <= asked <= known[1] + _RATE_STEP:
+    if trained and not known[0] - _RATE_STEP <= saved <= known[1] + _RATE_STEP:
         warnings.warn(
-            f"rate {asked:.2f} is outside what these weights are for ({_said(known)}): expect a loss of accuracy, or "
+            f"rate {saved:.2f} is outside what these weights are for ({_said(known)}): expect a loss of accuracy, or "
             "train with a rate_range that holds it",
             stacklevel=2,
         )
@@ -161,8 +165,9 @@ def switch(model: nn.Module, config: PyraConfig, schedule: list[int]) -> None:
     core = _core(model)
     standing = {layer.step.layer: layer for layer in merging_layers(core)}
     if standing.keys() >= {layer for layer, removed in enumerate(schedule) if removed}:
+        left = _shares(_family(core), schedule)
         for index, layer in standing.items():
-            layer.step = dataclasses.replace(layer.step, removed=schedule[index], config=config)
+            layer.step = dataclasses.replace(layer.step, removed=schedule[index], config=config, share=left[index])
     else:
         _replace_more(model, config, schedule)
     core.pyra_config = config  # type: ignore[assignment]
@@ -174,10 +179,10 @@ def _replace_more(model: nn.Module, config: PyraConfig, schedule: list[int]) -> 
     family, core = locate(model)
     layers, plain = family.layers(core), next(merging_layers(core), None) is None
     _refuse_patched(layers)
-    steps = _steps(family.geometry(core, None), schedule, [0] * len(schedule), config, family.patch_grid(core))
-    switch_layers(layers, steps, family.MERGING)
+    sizes, grid = family.geometry(core, None), family.patch_grid(core)
+    switch_layers(layers, _steps(family, sizes, schedule, [0] * len(schedule), config, grid), family.MERGING)
     if plain:
-        family.prepare(core)
+        family.prepare(core, _outer(model))
 
 
 def schedule_of(model: nn.Module, config: PyraConfig) -> list[int]:
@@ -186,8 +191,14 @@ def schedule_of(model: nn.Module, config: PyraConfig) -> list[int]:
     Raises:
         ScheduleError: where the schedule does not fit or the rate cannot be reached.
         UnsupportedModelError: where the model's tokens cannot merge, or not so.
+        ConfigError: for options of another kind of model.
     """
     family, core = locate(model)
+    if hasattr(family, "schedule"):
+        found: list[int] = family.schedule(core, config)
+        return found
+    if config.decoder_options():
+        raise ConfigError(f"{', '.join(config.decoder_options())}: options of decoders; {type(core).__name__} is none")
     drop = getattr(core, "patch_drop", None)  # an identity, or none, where patches are not dropped in training
     ordered = type(drop) in (type(None), nn.Identity)
     if config.matching == "local" and (not ordered or family.patch_grid(core) is None):
@@ -217,14 +228,18 @@ def _refuse_patched(layers: Iterable[nn.Module]) -> None:
         )
 
 
-def most_removed(sizes: Geometry, schedule: list[int], config: PyraConfig) -> list[int]:
-    """Return the most tokens that each layer removes at any rate of a configuration."""
+def most_removed(family: Any, core: nn.Module, schedule: list[int], config: PyraConfig) -> list[int]:
+    """Return the rows of re-activation weights of each layer: as many as it removes at any rate of a configuration."""
     schedules = [schedule]
     if config.rate_range is not None:
         lowest, highest = config.rate_range
         rates = (lowest + (highest - lowest) * point / _GRID for point in range(_GRID + 1))
-        schedules += [solve_schedule(sizes, rate=rate) for rate in rates]
-    return [max(removed) for removed in zip(*schedules, strict=True)]
+        schedules += [
+            schedule_of(core, dataclasses.replace(config, rate=rate, schedule=None, keep=None)) for rate in rates
+        ]
+    most = [max(removed) for removed in zip(*schedules, strict=True)]
+    rows: list[int] = family.rows(most) if hasattr(family, "rows") else most
+    return rows
 
 
 def _rate_of(sizes: Geometry, schedule: list[int]) -> float:
@@ -237,12 +252,23 @@ def _said(rates: list[float]) -> str:
 
 
 def _steps(
-    sizes: Geometry, schedule: list[int], pairs: list[int], config: PyraConfig, grid: tuple[int, int] | None
+    family: Any,
+    sizes: Geometry,
+    schedule: list[int],
+    pairs: list[int],
+    config: PyraConfig,
+    grid: tuple[int, int] | None,
 ) -> list[Step]:
+    left = _shares(family, schedule)
     return [
-        Step(layer, sizes.depth, removed, most, sizes.prefix_tokens, sizes.dim, config, grid)
+        Step(layer, sizes.depth, removed, most, sizes.prefix_tokens, sizes.dim, config, grid, left[layer])
         for layer, (removed, most) in enumerate(zip(schedule, pairs, strict=True))
     ]
+
+
+def _shares(family: Any, schedule: list[int]) -> list[float]:
+    shares: list[float] = family.shares(schedule) if hasattr(family, "shares") else [1.0] * len(schedule)
+    return shares
 
 
 def wrapped_config(model: nn.Module) -> PyraConfig | None:
@@ -261,13 +287,19 @@ def geometry(model: nn.Module, input_size: InputSize | None = None) -> Geometry:
 
     Args:
         model: a supported backbone, wrapped or not, with or without PEFT layers (which are not counted).
-        input_size: image side or (height, width) in pixels; None means the model's own.
+        input_size: image side or (height, width) in pixels, or tokens of a prompt; None means the model's own (of a
+            decoder: 1024 tokens).
 
     Raises:
         UnsupportedModelError: for a model whose tokens cannot be merged, with the reason.
         ValueError: for an input size that does not fit the patches.
     """
     family, core = locate(model)
+    if hasattr(family, "shares"):  # of a decoder: tokens of a prompt
+        if input_size is not None and (type(input_size) is not int or input_size < 1):
+            raise ValueError(f"input size of a decoder must be a positive number of tokens, got {input_size!r}")
+        sizes: Geometry = family.geometry(core, input_size)
+        return sizes
     size: object = (input_size, input_size) if isinstance(input_size, int) else input_size
     if size is not None and not (
         isinstance(size, tuple) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
@@ -291,6 +323,9 @@ def macs(model: nn.Module, schedule: list[int] | None = None, input_size: InputS
     sizes = geometry(model, input_size)
     if schedule is None:
         schedule = wrapped_schedule(model) or [0] * sizes.depth
+        family: Any = _family(_core(model))
+        if input_size is not None and hasattr(family, "scaled"):
+            schedule = family.scaled(schedule, sizes)
     check_schedule(schedule, sizes)
     return geometry_macs(sizes, schedule)
 
@@ -321,6 +356,12 @@ def schedule_for(
     if sum(target is not None for target in (rate, macs, preset)) != 1:
         raise ScheduleError("give exactly one of rate, macs and preset")
     sizes = geometry(model, input_size)
+    family: Any = _family(_core(model))
+    if hasattr(family, "schedule"):
+        if macs is not None or preset in ("low", "high"):
+            raise ScheduleError("the schedule of a decoder is found for a rate, or preset 'safe' or 'fast'")
+        found = schedule_of(model, PyraConfig(rate=rate, preset=preset))
+        return found if input_size is None else list(family.scaled(found, sizes))
     if preset is None:
         return solve_schedule(sizes, rate=rate, macs=macs)
     return preset_for(sizes, preset)
@@ -337,7 +378,8 @@ def locate(model: nn.Module) -> tuple[ModuleType, nn.Module]:
     if family is None:
         raise UnsupportedModelError(
             f"{type(core).__name__} is of no supported family; supported are plain vision transformers of timm "
-            "(VisionTransformer, Eva) and transformers (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, ViT-MAE)"
+            "(VisionTransformer, Eva) and transformers (ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, ViT-MAE), and "
+            "decoders of transformers that run as Llama does"
         )
     reason = _tied_to_a_grid(core) or family.obstacle(core)
     if reason is not None:
@@ -363,8 +405,20 @@ def _core(model: nn.Module) -> nn.Module:
 def _family(core: nn.Module) -> ModuleType | None:
     for home, family in _FAMILIES:
         if any(f"{cls.__module__}.".startswith(home) for cls in type(core).__mro__):
+            family = _DECODERS if home == "transformers." and _embeds_words(core) else family
             return importlib.import_module(family)
     return None
+
+
+def _embeds_words(model: Any) -> bool:
+    base = getattr(model, "base_model", model)
+    return hasattr(base, "embed_tokens") and isinstance(getattr(base, "layers", None), nn.ModuleList)
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether a model is a decoder of transformers, alone, under a head or inside a PEFT model."""
+    core = _outer(model)
+    return any(cls.__module__.startswith("transformers.") for cls in type(core).__mro__) and _embeds_words(core)
 
 
 def _tied_to_a_grid(core: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyra.attention import SizeBias
-from pyra.backbones.layers import MergingLayer, ProjectedKeys, TokenStream, linear_macs, stream_of
+from pyra.backbones.layers import MergingLayer, ProjectedKeys, TokenStream, linear_macs, refuse_reentrant, stream_of
 from pyra.cost import Geometry
 from pyra.errors import UnsupportedModelError
 
@@ -60,7 +60,7 @@ class MergingEncoderLayer(MergingLayer):
         **kwargs: Any,
     ) -> Tensor | TokenStream:
         """Run one layer."""
-        _refuse_reentrant(self)
+        refuse_reentrant(self)
         layout, stream = _layout(self), stream_of(hidden_states)
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
             raise self._takes_no_bias()
@@ -114,17 +114,6 @@ class MergingEncoderLayer(MergingLayer):
 MERGING = MergingEncoderLayer
 
 
-def _refuse_reentrant(layer: Any) -> None:
-    """Raise where a stream would lose its gradients: reentrant checkpoints see tensors among the arguments only."""
-    if layer.training and layer.gradient_checkpointing:
-        function = layer._gradient_checkpointing_func
-        if getattr(function, "keywords", {}).get("use_reentrant"):
-            raise UnsupportedModelError(
-                "reentrant gradient checkpointing loses the gradients of merged tokens: enable it with "
-                "use_reentrant=False (the default)"
-            )
-
-
 def rows_of(table: Tensor, positions: Tensor | None, prefix: int) -> Tensor:
     """Pick the rows [B, 1, N - prefix, d] of a rotary ``table`` [P, d] that belong to the tokens that are left."""
     return table if positions is None else table[positions[:, prefix:] - prefix].unsqueeze(1)
@@ -160,12 +149,12 @@ def layers(model: nn.Module) -> nn.ModuleList:
     return found
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: nn.Module, _outer: nn.Module) -> None:
     """Make a model whose layers merge hand out unmerged hidden states."""
     _recorder(model).register_forward_hook(spread_hidden_states)
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module, _outer: nn.Module) -> None:
     """Undo :func:`prepare`."""
     hooks = _recorder(model)._forward_hooks
     for key in [key for key, hook in hooks.items() if hook is spread_hidden_states]:

@@ -75,6 +75,7 @@ class Step:
         dim: channels ``C``.
         config: how tokens are matched and merged.
         grid: rows and columns of patches the schedule was made for; None where patches come in no fixed order.
+        share: of a decoder, what of a prompt is left after the layer.
     """
 
     layer: int
@@ -85,6 +86,7 @@ class Step:
     dim: int
     config: PyraConfig
     grid: tuple[int, int] | None
+    share: float = 1.0
 
     @property
     def last(self) -> bool:
@@ -210,6 +212,17 @@ class MergingLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the two classes that the instance's own class is made of."""
         return _blank, self.origin, self.__dict__
+
+
+def refuse_reentrant(layer: Any) -> None:
+    """Raise where a stream would lose its gradients: reentrant checkpoints see tensors among the arguments only."""
+    if layer.training and layer.gradient_checkpointing:
+        function = layer._gradient_checkpointing_func
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise UnsupportedModelError(
+                "reentrant gradient checkpointing loses the gradients of merged tokens: enable it with "
+                "use_reentrant=False (the default)"
+            )
 
 
 def stream_of(x: Tensor | TokenStream) -> TokenStream:

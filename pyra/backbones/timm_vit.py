@@ -54,12 +54,12 @@ def layers(model: VisionTransformer) -> nn.Sequential:
     return model.blocks
 
 
-def prepare(model: VisionTransformer) -> None:
+def prepare(model: VisionTransformer, _outer: nn.Module) -> None:
     """Make a model whose blocks merge hand out unmerged feature maps."""
     model.forward_intermediates = functools.partial(forward_intermediates, model)
 
 
-def restore(model: VisionTransformer) -> None:
+def restore(model: VisionTransformer, _outer: nn.Module) -> None:
     """Undo :func:`prepare`."""
     del model.forward_intermediates
 
