@@ -29,7 +29,9 @@ class EvaluateOptions:
     root: str | None = option(
         None, "language, with --backbone: folder with a folder of each task's files (PYRA_DATA by default)"
     )
-    data: str | None = option(None, "language, with --backbone: folder with the task's files themselves")
+    data: str | None = option(
+        None, "language, with --backbone: folder with the task's files themselves; without --task it tells the task"
+    )
     answer: str | None = option(
         None,
         "language: scoring (label words after the prompt) or generation",

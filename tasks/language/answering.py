@@ -54,7 +54,9 @@ class Scored:
         """Return what ``predictions.json`` holds."""
         texts = {} if self.texts is None else {"texts": self.texts}
         nlls = [(None, None) if one is None else one for one in self.nlls or []]
-        right = {} if self.nlls is None else {"answer_nats": [n for n, _ in nlls], "answer_tokens": [t for _, t in nlls]}
+        right = (
+            {} if self.nlls is None else {"answer_nats": [n for n, _ in nlls], "answer_tokens": [t for _, t in nlls]}
+        )
         return {
             "split": split,
             "sha256": examples_digest(examples),
@@ -222,9 +224,7 @@ def _right_answers(subject: Subject, examples: Sequence[Example], how: Asking) -
         if surplus < row.start:
             rows[place] = Answered(row.ids[surplus:], row.start - surplus)
     pad_id, label = subject.encoder.pad_id, f"{how.label}, right answers"
-    scored = answer_nll(
-        subject.model, list(rows.values()), pad_id=pad_id, batch_size=how.batch_size, description=label
-    )
+    scored = answer_nll(subject.model, list(rows.values()), pad_id=pad_id, batch_size=how.batch_size, description=label)
     found = dict(zip(rows, scored, strict=True))
     return [found.get(place) for place in range(len(examples))]
 

@@ -15,7 +15,7 @@ from pyra.records import record_problems
 from pyra.tasks.language.prompts import fill, prompt_problems
 
 ITEMS, NUMBER = "items", "number"
-"""Columns that composed rows have besides their own: the numbered items, and the number of the one that is asked for."""
+"""Columns that composed rows have besides their own: the items, and the number of the one that is asked for."""
 
 _BETWEEN = "\n\n"
 

@@ -37,7 +37,9 @@ def infer_task(data: str | None, backbone: str | None) -> str | None:
     if not _is_language_model(backbone):
         return None
     known = "; ".join(f"{card.name} ({_files(card)}: {', '.join(card.columns)})" for card in _plain_cards())
-    raise DataError(f"--data {data} has the files and columns of no shipped task, {known}: give --task NAME or FILE.yaml")
+    raise DataError(
+        f"--data {data} has the files and columns of no shipped task, {known}: give --task NAME or FILE.yaml"
+    )
 
 
 def _plain_cards() -> list[TextCard]:
