@@ -29,7 +29,9 @@ class EvaluateOptions:
     root: str | None = option(
         None, "language, with --backbone: folder with a folder of each task's files (PYRA_DATA by default)"
     )
-    data: str | None = option(None, "language, with --backbone: folder with the task's files themselves")
+    data: str | None = option(
+        None, "language, with --backbone: folder with the task's files themselves; without --task it tells the task"
+    )
     answer: str | None = option(
         None,
         "language: scoring (label words after the prompt) or generation",
@@ -136,14 +138,17 @@ def _backbone(options: EvaluateOptions) -> int:
     from pyra.tasks.reports import results_table
 
     _refuse_of_images(options)
-    if options.task is None:
-        raise ConfigError("--backbone needs --task: a language task (pyra tasks ls)")
+    from pyra.tasks.language.inferring import infer_task
+
     if options.root is not None and options.data is not None:
         raise ConfigError("give --root or --data, not both")
+    task = options.task or infer_task(options.data, options.backbone)
+    if task is None:
+        raise ConfigError("--backbone needs --task: a language task (pyra tasks ls)")
     quiet_libraries()
     result, notes = evaluate_backbone(
         str(options.backbone),
-        options.task,
+        task,
         Evaluation(**_asked(options)),
         root=options.root,
         data=options.data,

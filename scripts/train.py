@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table; a language task has options of its own."""
+    argv = _with_task(sys.argv[1:] if argv is None else argv)
     from pyra.tasks.language.cards import is_text_task
 
     about_texts = is_text_task(peek(argv, "task"))
@@ -39,6 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _single(options) if options.is_single() else _several(options)
     finally:
         processes.leave()
+
+
+def _with_task(argv: Sequence[str]) -> Sequence[str]:
+    """Add the language task whose files ``--data`` holds, where no task is named."""
+    if peek(argv, "task") is not None or (data := peek(argv, "data")) is None:
+        return argv
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.language.inferring import infer_task
+
+    found = infer_task(data, peek(argv, "backbone"))
+    if found is None:
+        return argv
+    if processes.is_main():
+        print(f"note: --data {data} has the files of --task {found}", file=sys.stderr)
+    return [*argv, "--task", found]
 
 
 def _options(argv: Sequence[str] | None) -> ExperimentOptions:

@@ -65,6 +65,7 @@ class RunResult:
         data_source: ``shipped``, ``drawn``, the name of a folder, or a hub id.
         weights_sha256: of the backbone before adaptation, its new head left out
             (:func:`pyra.tasks.provenance.weights_digest`), or ``random`` for weights that were drawn anew.
+        answer_nll: mean negative log-likelihood of the right answers, in nats a token, for decoders.
         majority_value: score of always answering the most frequent training class.
         wall_seconds: of the whole piece of work, scoring and timing included.
         peak_memory_bytes: of the process (CPU) or of what torch allocated on the GPU.
@@ -112,6 +113,7 @@ class RunResult:
     test_sha256: str | None = None
     train_sha256: str | None = None
     data_source: str | None = None
+    answer_nll: float | None = None
     majority_value: float | None = None
     protocol: str | None = None
     selection: str | None = None

@@ -15,7 +15,7 @@ from pyra.tasks.language.answers import RULES
 from pyra.tasks.language.data import Example, TextTask, examples_digest
 from pyra.tasks.language.models import count_macs, precision
 from pyra.tasks.language.runs import Subject
-from pyra.tasks.language.scoring import classify, generate, log_likelihoods
+from pyra.tasks.language.scoring import AnswerNll, answer_nll, classify, generate, mean_nll
 from pyra.tasks.language.tokens import Answered
 from pyra.tasks.metrics import load_metric
 
@@ -32,6 +32,8 @@ class Scored:
         cut: examples that were longer than what is read.
         seconds: for all of them.
         macs: multiply-accumulates of a forward over as many tokens as an example has on average.
+        nlls: how unlikely each right answer is after its prompt, None for one that is longer than what the backbone
+            reads; None where a head answers.
     """
 
     value: float
@@ -41,10 +43,20 @@ class Scored:
     cut: int
     seconds: float
     macs: int
+    nlls: list[AnswerNll | None] | None = None
+
+    @property
+    def nll(self) -> float | None:
+        """Mean negative log-likelihood of the right answers, in nats a token."""
+        return mean_nll(self.nlls or [])
 
     def record(self, split: str, examples: Sequence[Example]) -> dict[str, Any]:
         """Return what ``predictions.json`` holds."""
         texts = {} if self.texts is None else {"texts": self.texts}
+        nlls = [(None, None) if one is None else one for one in self.nlls or []]
+        right = (
+            {} if self.nlls is None else {"answer_nats": [n for n, _ in nlls], "answer_tokens": [t for _, t in nlls]}
+        )
         return {
             "split": split,
             "sha256": examples_digest(examples),
@@ -52,6 +64,7 @@ class Scored:
             "predictions": self.predictions,
             "cut": self.cut,
             **texts,
+            **right,
         }
 
     def notes(self) -> list[str]:
@@ -88,14 +101,16 @@ def answer(subject: Subject, task: TextTask, examples: Sequence[Example], how: A
         TrainingError: where logits are NaN or infinite.
     """
     start = time.perf_counter()
-    asked = {"head": _by_head, "scoring": _by_likelihood, "generation": _by_generation}[subject.answer]
     positions = processes.share(len(examples))
+    own_examples = [examples[position] for position in positions]
+    asked = {"head": _by_head, "scoring": _by_likelihood, "generation": _by_generation}[subject.answer]
     with precision(subject.model, how.dtype):
-        own = asked(subject, task, [examples[position] for position in positions], how)
-    shares = processes.gathered(dict(zip(positions, own, strict=True)))
-    answers = {position: one for share in shares for position, one in share.items()}
-    found = [answers[position] for position in range(len(examples))]
+        found: list[_Answer] = _of_all(positions, asked(subject, task, own_examples, how))
     seconds = time.perf_counter() - start
+    nlls = [one.nll for one in found]
+    if subject.answer == "generation":  # after the clock has stopped: it is no part of answering
+        with precision(subject.model, how.dtype):
+            nlls = _of_all(positions, _right_answers(subject, own_examples, how))
     given = [one.given for one in found]
     texts = [one.text for one in found if one.text is not None]
     tokens = round(sum(one.length for one in found) / len(found))
@@ -104,17 +119,29 @@ def answer(subject: Subject, task: TextTask, examples: Sequence[Example], how: A
     metric = task.card.metric
     value = float(load_metric(metric).compute(predictions=given, references=right)[metric])
     cut = sum(one.cut for one in found)
-    return Scored(value, right, given, texts or None, cut, seconds, count_macs(subject.model, tokens))
+    macs = count_macs(subject.model, tokens)
+    return Scored(value, right, given, texts or None, cut, seconds, macs, None if subject.answer == "head" else nlls)
+
+
+def _of_all(positions: Sequence[int], own: Sequence[Any]) -> list[Any]:
+    """Return what all processes found, each example's once and in order."""
+    shares = processes.gathered(dict(zip(positions, own, strict=True)))
+    found = {position: one for share in shares for position, one in share.items()}
+    return [found[position] for position in sorted(found)]
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What was answered, what was generated where it was, the tokens that were read, and whether some were not."""
+    """What was answered, what was generated where it was, the tokens that were read, and whether some were not.
+
+    ``nll`` is that of the right answer, where answering has told it.
+    """
 
     given: Any
     text: str | None
     length: int
     cut: bool
+    nll: AnswerNll | None = None
 
 
 def _by_head(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
@@ -134,13 +161,14 @@ def _by_likelihood(subject: Subject, task: TextTask, examples: Sequence[Example]
     whole = [row for e in examples for row in subject.encoder.answered(how.shown + e.prompt, words)]
     rows = [_shortened(row, subject.max_length) for row in whole]
     pad_id = subject.encoder.pad_id
-    found = log_likelihoods(subject.model, rows, pad_id=pad_id, batch_size=how.batch_size, description=how.label)
-    grouped = torch.tensor(found, dtype=torch.float64).view(-1, len(words))
+    found = answer_nll(subject.model, rows, pad_id=pad_id, batch_size=how.batch_size, description=how.label)
+    grouped = torch.tensor([-one.nats for one in found], dtype=torch.float64).view(-1, len(words))
     made = []
     for place, label in enumerate(grouped.argmax(-1).tolist()):
         asked = slice(place * len(words), (place + 1) * len(words))
         cut = any(len(row.ids) > subject.max_length for row in whole[asked])
-        made.append(_Answer(label, None, max(len(row.ids) for row in rows[asked]), cut))
+        right = found[place * len(words) + examples[place].label]
+        made.append(_Answer(label, None, max(len(row.ids) for row in rows[asked]), cut, right))
     return made
 
 
@@ -177,13 +205,33 @@ def room_for_prompts(subject: Subject, max_new_tokens: int) -> int:
     Raises:
         ConfigError: where nothing is left.
     """
-    known = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
-    room = min(subject.max_length, (known or 2**30) - max_new_tokens)
+    known = _positions(subject)
+    room = min(subject.max_length, known - max_new_tokens)
     if room < 1:
         raise ConfigError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the backbone reads {known} tokens"
         )
     return room
+
+
+def _right_answers(subject: Subject, examples: Sequence[Example], how: Asking) -> list[AnswerNll | None]:
+    """Score the right answers after the prompts as a generated one would follow them."""
+    room, most = room_for_prompts(subject, how.max_new_tokens), _positions(subject)
+    rows = {}
+    for place, example in enumerate(examples):
+        (row,) = subject.encoder.answered(how.shown + example.prompt, [example.answer])
+        surplus = max(row.start - room, len(row.ids) - most, 0)
+        if surplus < row.start:
+            rows[place] = Answered(row.ids[surplus:], row.start - surplus)
+    pad_id, label = subject.encoder.pad_id, f"{how.label}, right answers"
+    scored = answer_nll(subject.model, list(rows.values()), pad_id=pad_id, batch_size=how.batch_size, description=label)
+    found = dict(zip(rows, scored, strict=True))
+    return [found.get(place) for place in range(len(examples))]
+
+
+def _positions(subject: Subject) -> int:
+    """Return how many tokens the model reads."""
+    return getattr(getattr(subject.model, "config", None), "max_position_embeddings", None) or 2**30
 
 
 def _label(text: str, words: Sequence[str]) -> int:

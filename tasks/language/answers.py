@@ -16,6 +16,11 @@ def whole(text: str) -> str | None:
     return text.strip() or None
 
 
+def words(text: str) -> str | None:
+    """Return the words, whatever white space is between them."""
+    return " ".join(text.split()) or None
+
+
 def first_line(text: str) -> str | None:
     """Return the first line that is not empty."""
     return next((line.strip() for line in text.splitlines() if line.strip()), None)
@@ -48,6 +53,7 @@ def final_number(text: str) -> str | None:
 
 RULES: dict[str, Callable[[str], str | None]] = {
     "whole": whole,
+    "words": words,
     "first_line": first_line,
     "last_number": last_number,
     "final_number": final_number,

@@ -16,6 +16,7 @@ from pyra.errors import DataError, did_you_mean
 from pyra.records import record_problems
 from pyra.tasks.data.cards import TaskCard, card_files, load_card
 from pyra.tasks.language.answers import RULES
+from pyra.tasks.language.composing import ITEMS, NUMBER, Composition, composition_problems
 from pyra.tasks.language.prompts import prompt_problems
 
 ANSWERS = {
@@ -44,6 +45,7 @@ class TextCard(TaskCard):
         hub: ``owner/name`` of the same data on the hub.
         hub_splits: the hub's name of each split, where it is another.
         columns: that every row has.
+        compose: makes prompts of several rows each (:class:`pyra.tasks.language.composing.Composition`).
         text: column that a head classifies; the prompt's columns where it is empty.
         pair: second column, for tasks about two texts.
         target: column of the label (a number from 0, or a name) or of the answer.
@@ -53,12 +55,14 @@ class TextCard(TaskCard):
         answer: how a decoder answers: ``scoring`` or ``generation``.
         extract: rule that reads an answer (:data:`pyra.tasks.language.answers.RULES`).
         stop: texts that end a generated answer.
+        max_length: tokens that are read where ``--max-length`` does not say it; 0 leaves that to the backbone.
     """
 
     classes: int = 0
     preprocessing: str = "none"
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
+    compose: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     pair: str = ""
     target: str = ""
@@ -68,6 +72,7 @@ class TextCard(TaskCard):
     answer: str = "generation"
     extract: str = "whole"
     stop: list[str] = field(default_factory=list)
+    max_length: int = 0
 
     @property
     def brings_its_data(self) -> bool:
@@ -78,6 +83,11 @@ class TextCard(TaskCard):
     def words(self) -> list[str]:
         """What a decoder says for each label."""
         return self.label_words or self.labels
+
+    @property
+    def composition(self) -> Composition | None:
+        """How prompts are made of several rows, where they are."""
+        return Composition(**self.compose) if self.compose else None
 
     @property
     def layout(self) -> str:
@@ -174,7 +184,10 @@ def _problems(card: TextCard) -> list[str]:
         problems.append("pair needs text")
     if card.hub and (":" in card.hub or card.hub.count("/") != 1):
         problems.append(f"hub {card.hub!r} is no owner/name; a configuration is named by hub_config")
-    problems += prompt_problems(card.prompt, card.columns, card.target)
+    if card.compose:
+        problems += composition_problems(card.compose, card.columns, card.prompt)
+    made = [ITEMS, NUMBER] if card.compose else []
+    problems += prompt_problems(card.prompt, [*card.columns, *made], card.target)
     problems += _answer_problems(card)
     return problems
 
@@ -204,6 +217,10 @@ def _answer_problems(card: TextCard) -> list[str]:
         problems.append("stop may not hold an empty text")
     if (card.metric == "accuracy") != bool(card.labels):
         problems.append("accuracy is for tasks with labels, exact_match for those without")
+    if card.compose and card.labels:
+        problems.append("compose is for tasks without labels")
+    if card.max_length < 0:
+        problems.append(f"max_length is {card.max_length}; it should be at least 0")
     if card.answer == "scoring" and not card.labels:
         problems.append("answer scoring needs labels")
     return problems

@@ -18,6 +18,7 @@ from pathlib import Path
 from pyra.errors import DataError, did_you_mean
 from pyra.tasks.language.answers import RULES
 from pyra.tasks.language.cards import TextCard, find_text_card
+from pyra.tasks.language.composing import compose
 from pyra.tasks.language.prompts import BETWEEN_EXAMPLES, SEPARATOR, fill
 from pyra.tasks.language.sources import Record, read_records
 
@@ -136,6 +137,9 @@ def examples_digest(examples: Iterable[Example]) -> str:
 
 def _examples(card: TextCard, split: str, rows: Sequence[Record]) -> list[Example]:
     """Turn rows into examples; all rows that are wrong are counted, the first few are named."""
+    if card.composition is not None:
+        composed = compose(card.composition, [row.values for row in rows], split)
+        rows = [Record(values, row.source) for values, row in zip(composed, rows, strict=True)]
     made, problems = [], []
     for row in rows:
         made_of = _example(card, row)

@@ -158,14 +158,15 @@ def _refuse_lost(backbone: str, lost: list[str]) -> None:
         )
 
 
-def longest(backbone: str, config: Any, tokenizer: Any, asked: int | None) -> int:
+def longest(backbone: str, config: Any, tokenizer: Any, asked: int | None, usual: int = 0) -> int:
     """Return how many tokens are read.
 
     Args:
         backbone: its name, for errors.
         config: of the model.
         tokenizer: which may read fewer (RoBERTa's positions start at 2).
-        asked: ``--max-length``; None takes :data:`LONGEST` or what the backbone reads.
+        asked: ``--max-length``; None takes ``usual`` or what the backbone reads.
+        usual: of the task's card; 0 is :data:`LONGEST`.
 
     Raises:
         ConfigError: where more is asked for than the backbone reads.
@@ -174,7 +175,7 @@ def longest(backbone: str, config: Any, tokenizer: Any, asked: int | None) -> in
     most = min((int(value) for value in known if value and value > 0), default=LONGEST)
     if asked is not None and asked > most:
         raise ConfigError(f"--max-length {asked}: {backbone} reads {most} tokens at most")
-    return min(LONGEST, most) if asked is None else asked
+    return min(usual or LONGEST, most) if asked is None else asked
 
 
 def weights_record(backbone: str) -> dict[str, str] | None:

@@ -33,7 +33,9 @@ class LanguageOptions:
     root: str | None = option(
         None, "folder with a folder of each task's files (PYRA_DATA by default; the hub without either)"
     )
-    data: str | None = option(None, "folder with the task's files themselves, instead of --root")
+    data: str | None = option(
+        None, "folder with the task's files themselves, instead of --root; without --task it tells the task"
+    )
     method: str = option("lora", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     answer: str | None = option(
         None,

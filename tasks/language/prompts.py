@@ -27,20 +27,27 @@ def fill(prompt: str, row: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: row[match[1]], prompt)
 
 
-def prompt_problems(prompt: str, columns: Sequence[str], target: str) -> list[str]:
-    """List what is wrong with a prompt: placeholders that are no column, none at all, or the answer itself."""
+def prompt_problems(prompt: str, columns: Sequence[str], target: str, where: str = "prompt") -> list[str]:
+    """List what is wrong with a prompt: placeholders that are no column, none at all, or the answer itself.
+
+    Args:
+        prompt: with its placeholders.
+        columns: that there are.
+        target: the one of the answer.
+        where: it stands in the card.
+    """
     names = _PLACEHOLDER.findall(prompt)
     problems = [
-        f"prompt: {{{name}}} is not one of the columns {', '.join(columns)}{did_you_mean(name, columns)}"
+        f"{where}: {{{name}}} is not one of the columns {', '.join(columns)}{did_you_mean(name, columns)}"
         for name in dict.fromkeys(names)
         if name not in columns
     ]
     if target in names:
-        problems.append(f"prompt: {{{target}}} is the answer")
+        problems.append(f"{where}: {{{target}}} is the answer")
     if not names:
-        problems.append("prompt: no {column} in it")
+        problems.append(f"{where}: no {{column}} in it")
     if set("{}") & set(_PLACEHOLDER.sub("", prompt)):
-        problems.append("prompt: a brace that belongs to no {column}")
+        problems.append(f"{where}: a brace that belongs to no {{column}}")
     if prompt != prompt.rstrip():
-        problems.append("prompt: ends with white space (a space is put before the answer)")
+        problems.append(f"{where}: ends with white space (a space is put before the answer)")
     return problems

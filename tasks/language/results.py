@@ -86,6 +86,7 @@ def scored_columns(task: TextTask, scored: Scored, subject: Subject, options: La
     references: Any = scored.references
     return {
         "value": scored.value,
+        "answer_nll": scored.nll,
         "macs": scored.macs,
         "plain_macs": scored.macs,
         "schedule": [0] * layers,

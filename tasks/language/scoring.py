@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,31 @@ def _answer(logits: Tensor, row: Answered, missing: int) -> float:
         raise TrainingError(_NO_NUMBER)
     targets = torch.tensor(row.ids[row.start :], device=logits.device)
     return float(needed.log_softmax(-1).gather(-1, targets[:, None]).double().sum())
+
+
+class AnswerNll(NamedTuple):
+    """Negative log-likelihood of an answer in nats, and the tokens that it has."""
+
+    nats: float
+    tokens: int
+
+
+def answer_nll(
+    model: nn.Module, rows: Sequence[Answered], *, pad_id: int, batch_size: int, description: str = "answers"
+) -> list[AnswerNll]:
+    """Return how unlikely each answer is after its prompt; arguments and errors as of :func:`log_likelihoods`."""
+    found = log_likelihoods(model, rows, pad_id=pad_id, batch_size=batch_size, description=description)
+    return [AnswerNll(-value, len(row.ids) - row.start) for value, row in zip(found, rows, strict=True)]
+
+
+def mean_nll(answers: Sequence[AnswerNll | None]) -> float | None:
+    """Return nats a token over all tokens of all answers: a long answer counts more; None where there is none.
+
+    >>> mean_nll([AnswerNll(6.0, 2), None, AnswerNll(1.0, 3)])
+    1.4
+    """
+    known = [answer for answer in answers if answer is not None]
+    return sum(answer.nats for answer in known) / sum(answer.tokens for answer in known) if known else None
 
 
 class _Stopped(StoppingCriteria):

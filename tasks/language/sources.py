@@ -60,9 +60,8 @@ def read_file(path: Path, columns: Sequence[str]) -> list[Record]:
     Raises:
         DataError: for a file that cannot be read, or columns that are not there; the message names file and line.
     """
-    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     try:
-        rows = list(readers[path.suffix](path, columns))
+        rows = list(_rows(path, columns))
     except (UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     except OSError as error:
@@ -70,6 +69,21 @@ def read_file(path: Path, columns: Sequence[str]) -> list[Record]:
     if not rows:
         raise DataError(f"{path} holds no rows")
     return [Record(_texts(row, columns, where), where) for row, where in rows]
+
+
+def has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a file is there whose first row has ``columns``."""
+    try:
+        row, where = next(_rows(path, columns))
+        _texts(row, columns, where)
+    except (StopIteration, OSError, UnicodeDecodeError, csv.Error, pa.ArrowException, DataError):
+        return False
+    return True
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+    return readers[path.suffix](path, columns)
 
 
 def _tsv(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:

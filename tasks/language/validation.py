@@ -56,8 +56,8 @@ def _missing(labels: Sequence[str], examples: Sequence[Example]) -> list[str]:
 
 def _shared(splits: Mapping[str, Sequence[Example]]) -> list[str]:
     """Texts do repeat between splits of honest data sets ("good film"), so this is told and not refused."""
-    trained = {example.prompt for example in splits["train"]}
-    shared = [example for example in splits["test"] if example.prompt in trained]
+    trained = {example.texts for example in splits["train"]}
+    shared = [example for example in splits["test"] if example.texts in trained]
     if not shared:
         return []
     text = " ".join(shared[0].texts[0].split())[:60]

@@ -10,6 +10,9 @@ from tabulate import tabulate
 from pyra.tasks.results import PROTOCOLS, RunResult
 
 _PERCENT = {"accuracy": "top-1 (%)", "top1": "top-1 (%)", "top-1": "top-1 (%)", "top5": "top-5 (%)"}
+ANSWER_NLL = "answer NLL"
+"""Header of the mean negative log-likelihood of the right answers, in nats a token."""
+
 _STYLES = {"plain": "simple", "markdown": "pipe", "html": "html"}
 
 
@@ -54,6 +57,8 @@ def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) 
     columns["rate"] = [f"{row.rate:.2f}" for row in rows]
     header = value_name(rows)
     columns[header] = [("" if header != "value" else f"{_name(row)} ") + _value(row) for row in rows]
+    if any(row.answer_nll is not None for row in rows):
+        columns[ANSWER_NLL] = [_number(row.answer_nll) for row in rows]
     if baseline is not None:
         columns["difference"] = [_value(row, minus=shown_value(baseline)) for row in rows]
     columns["trained parameters"] = [f"{row.trained_parameters:,}" for row in rows]

@@ -58,7 +58,9 @@ def tokenizer(kind: str = "bpe", *, pad: bool = False, end: bool = True) -> PreT
     )
 
 
-def decoder(kind: str = "llama", seed: int = 0, vocab: int = 400, spread: float = 0.3) -> nn.Module:
+def decoder(
+    kind: str = "llama", seed: int = 0, vocab: int = 400, spread: float = 0.3, positions: int = 256
+) -> nn.Module:
     """Make a decoder of two layers; its weights are drawn wide, so that logits differ, or narrow, so that it learns."""
     torch.manual_seed(seed)
     sizes = {
@@ -68,7 +70,7 @@ def decoder(kind: str = "llama", seed: int = 0, vocab: int = 400, spread: float 
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": positions,
         "initializer_range": spread,
     }
     marks = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}

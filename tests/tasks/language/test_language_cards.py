@@ -18,10 +18,10 @@ from pyra.tasks.language.prompts import fill
 
 def test_the_shipped_cards() -> None:
     cards = suite_cards("language")
-    assert [card.name for card in cards] == ["sst2", "gsm8k"]
+    assert [card.name for card in cards] == ["sst2", "copy", "lookup", "gsm8k"]
     assert all(isinstance(card, TextCard) and card.description and card.license and card.hub for card in cards)
     assert is_text_task("sst2") and is_text_task("mine.yaml") and not is_text_task("demo") and not is_text_task(None)
-    with pytest.raises(DataError, match="'demo' is about images; the language tasks are gsm8k, sst2"):
+    with pytest.raises(DataError, match="'demo' is about images; the language tasks are copy, gsm8k, lookup, sst2"):
         find_text_card("demo")
     with pytest.raises(DataError, match="did you mean 'sst2'"):
         find_text_card("sst")
@@ -66,6 +66,8 @@ def written(place: Path, /, **changes: Any) -> str:
         ({"metric": "exact_match"}, "accuracy is for tasks with labels"),
         ({"labels": None, "classes": 0, "metric": "exact_match"}, "answer scoring needs labels"),
         ({"pair": "text", "text": None}, "pair needs text"),
+        ({"max_length": -1}, "max_length is -1; it should be at least 0"),
+        ({"compose": {"items": 2, "item": "{number} {text}"}}, "compose is for tasks without labels"),
         ({"colums": ["text"]}, "unknown key 'colums'"),
         ({"kind": "parquet"}, "must hold 'kind: text'"),
     ],
@@ -101,6 +103,8 @@ def test_a_prompt_is_filled_once_and_reaches_no_attribute() -> None:
     [
         ("whole", "  a b \n", "a b"),
         ("whole", " \n", None),
+        ("words", " a\n b  c ", "a b c"),
+        ("words", " \n", None),
         ("first_line", "\n  positive\nReview: x", "positive"),
         ("last_number", "He has 5-3=2 left, 10 in all.", "10"),
         ("last_number", "between 10-15", "15"),

@@ -18,11 +18,13 @@ from pyra.scripts import train as train_verb
 from pyra.scripts.main import main
 from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting.trainer import KeepingTrainer
+from pyra.tasks.language.data import load_text_task
 from pyra.tasks.language.evaluation import Evaluation, evaluate_backbone, evaluate_language_run
+from pyra.tasks.language.models import load_decoder, load_encoder
 from pyra.tasks.language.options import METHODS, LanguageOptions
 from pyra.tasks.language.runs import load_language_run
 from pyra.tasks.language.training import train_language
-from pyra.tasks.results import read_result
+from pyra.tasks.results import RunResult, read_result
 
 pytestmark = pytest.mark.usefixtures("no_cuda_extension")
 
@@ -121,6 +123,62 @@ def test_a_bare_backbone_answers_by_prompt(backbones: dict[str, Path], root: Pat
         str(backbones["qwen"]), "gsm8k", Evaluation(device="cpu", max_new_tokens=3, limit=2), root=str(root)
     )
     assert result.metric == "exact_match"
+
+
+def nll(stored: dict[str, Any]) -> float:
+    """Mean over the tokens of all answers that were scored, of what a file of predictions holds."""
+    known = [value for value in stored["answer_nats"] if value is not None]
+    return sum(known) / sum(value for value in stored["answer_tokens"] if value is not None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+def test_how_unlikely_the_right_answers_are(kind: str, backbones: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    def asked(name: str, **how: Any) -> tuple[RunResult, dict[str, Any]]:
+        place = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
+        wanted = Evaluation(device="cpu", max_new_tokens=4, **how)
+        result, _ = evaluate_backbone(str(backbones[kind]), name, wanted, root=str(root), output=str(place))
+        return result, json.loads((place / "predictions.json").read_text())
+
+    encoder, model = load_encoder(str(backbones[kind])), load_decoder(str(backbones[kind]))
+    task = load_text_task("gsm8k", str(root))
+    rows = [encoder.answered(one.prompt, [one.answer])[0] for one in task.splits["test"]]
+    exact = []
+    with torch.no_grad():
+        for row in rows:  # one after the other, without a batch
+            scores: Any = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            exact.append(-sum(float(scores[i - 1][row.ids[i]]) for i in range(row.start, len(row.ids))))
+    result, stored = asked("gsm8k")
+    assert stored["answer_nats"] == pytest.approx(exact, abs=1e-3)
+    assert stored["answer_tokens"] == [len(row.ids) - row.start for row in rows]
+    assert result.answer_nll == pytest.approx(nll(stored)) and result.answer_nll > 1
+    together, _ = asked("gsm8k", batch_size=1)
+    assert together.answer_nll == pytest.approx(result.answer_nll, abs=1e-4)
+    assert asked("gsm8k", num_fewshot=1)[0].answer_nll != pytest.approx(result.answer_nll, abs=1e-3)
+    words, stored = asked("sst2", answer="scoring")
+    generated, again = asked("sst2", answer="generation")
+    assert len(stored["answer_nats"]) == 16
+    assert again["answer_nats"] == pytest.approx(stored["answer_nats"], abs=1e-3), "of the right word, both times"
+    assert words.answer_nll == pytest.approx(generated.answer_nll, abs=1e-4)
+
+
+def test_answers_longer_than_what_is_read_have_no_likelihood(root: Path, tmp_path: Path) -> None:
+    backbone = save(decoder(positions=40), tokenizer(), tmp_path / "backbone")
+    data = tmp_path / "gsm8k"
+    data.mkdir()
+    rows = [{"question": "1 + 1 ?", "answer": "2"}, {"question": "1 + 1 ?", "answer": "2 " * 60}]
+    for name in ("train", "test"):
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = Evaluation(device="cpu", max_new_tokens=4)
+    result, _ = evaluate_backbone(str(backbone), "gsm8k", asked, data=str(data), output=str(tmp_path / "zero"))
+    stored = json.loads((tmp_path / "zero" / "predictions.json").read_text())
+    assert stored["answer_nats"][0] > 0 and stored["answer_nats"][1] is None and stored["answer_tokens"][1] is None
+    assert result.answer_nll == pytest.approx(nll(stored))
+
+
+def test_a_head_has_no_likelihood_of_answers(backbones: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    result, _ = train_language(options(backbones["bert"], root, tmp_path / "run"))
+    assert result.answer_nll is None
+    assert "answer_nats" not in json.loads((tmp_path / "run" / "predictions.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tiny_language import SENTENCES, decoder, encoder_model, tokenizer
 from torch import Tensor, nn
 
 from pyra.errors import TrainingError
-from pyra.tasks.language.scoring import classify, generate, log_likelihoods
+from pyra.tasks.language.scoring import answer_nll, classify, generate, log_likelihoods, mean_nll
 from pyra.tasks.language.tokens import Answered, Encoder, by_length, mask, pad
 from pyra.tasks.language.training import batcher
 
@@ -44,6 +44,17 @@ def test_log_likelihoods_are_those_of_float64_and_of_one_example_alone(kind: str
     assert len({len(row.ids) for row in rows}) >= 5, "rows of many lengths"
     assert together == pytest.approx(alone, abs=2e-4) and together == pytest.approx(exact, abs=2e-4)
     assert max(exact) - min(exact) > 5, "a constant would not pass"
+
+
+def test_answers_are_as_unlikely_as_a_plain_sum_says() -> None:
+    rows = rows_of(Encoder(tokenizer()))
+    found = answer_nll(decoder(), rows, pad_id=2, batch_size=3)
+    exact = [-reference(decoder(), row) for row in rows]
+    assert [one.nats for one in found] == pytest.approx(exact, abs=2e-4)
+    assert [one.tokens for one in found] == [len(row.ids) - row.start for row in rows]
+    assert len({one.tokens for one in found}) > 1, "a mean over answers would be another number"
+    assert mean_nll(found) == pytest.approx(sum(exact) / sum(one.tokens for one in found))
+    assert mean_nll([None, *found]) == mean_nll(found) and mean_nll([None]) is None
 
 
 def test_padding_on_the_left_would_be_seen() -> None:

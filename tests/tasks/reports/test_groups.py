@@ -10,6 +10,7 @@ from pyra.files import write_json
 from pyra.tasks.reports.collect import Found
 from pyra.tasks.reports.comparable import missing_probes, warnings
 from pyra.tasks.reports.groups import Group, differences, group, majority_groups, seeds_text
+from pyra.tasks.reports.summary import records, summary
 
 
 def grouped(*rows, by_seed: bool = False) -> list[Group]:
@@ -22,6 +23,14 @@ def test_seeds_are_one_row_with_mean_and_deviation(make) -> None:
     assert (one.mean, one.deviation) == (pytest.approx(0.5), pytest.approx(0.1))
     assert one.average("images_per_second") == 100 and one.average("speedup") is None
     assert grouped(make())[0].deviation is None
+
+
+def test_the_likelihood_of_right_answers_is_a_mean_over_seeds_too(make) -> None:
+    table = summary(grouped(make(answer_nll=0.2, seed=0), make(answer_nll=0.4, seed=1), make("lora")))
+    cells = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
+    assert [line["answer NLL"] for line in cells] == ["0.30", "-"]
+    assert records(grouped(make(answer_nll=0.2)))[0]["answer_nll"] == 0.2
+    assert "answer NLL" not in summary(grouped(make())).headers
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,12 @@ def test_table_of_several_tasks_and_metrics(make):
     assert results_table([]).splitlines()[0].startswith("method")
 
 
+def test_the_likelihood_of_right_answers_has_a_column_where_a_row_knows_it(make):
+    header, _, first, second = results_table([make(answer_nll=0.2704), make("lora")]).splitlines()
+    assert "answer NLL" in header and " 0.27 " in first and " 0.27 " not in second
+    assert "answer NLL" not in results_table([make()])
+
+
 def test_rows_chosen_on_the_test_split_say_so(make):
     lines = results_table([make(protocol="fixed"), make("lora", protocol="published")]).splitlines()
     assert lines[0].split()[1] == "protocol" and "published (chosen on the test split)" in lines[3]
