@@ -200,9 +200,7 @@ def _asked(options: EvaluateOptions) -> dict[str, Any]:
 
 def _refuse_of_images(options: EvaluateOptions) -> None:
     if options.rate is not None:
-        from pyra.tasks.language.options import NO_MERGING
-
-        raise ConfigError(NO_MERGING)
+        raise ConfigError("--rate is for runs on images: a decoder answers at the rate that it was trained with")
     _refuse(options, _OF_IMAGES, "is for runs on images")
 
 

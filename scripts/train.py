@@ -96,16 +96,13 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
 
 
 def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
-    from pyra.tasks.language.options import METHODS, NO_MERGING
+    from pyra.tasks.language.options import METHODS
     from pyra.tasks.language.series import SeriesOptions
-    from pyra.tasks.options import MERGING
 
     for name in ("protocol", "tune", "patience"):
         if peek(argv, name) is not None:
             raise ConfigError(f"--{name} is not for language tasks yet: their runs end with the last epoch")
     verb = f"pyra train --task {peek(argv, 'task')}"
-    if peek(argv, "method") in MERGING:
-        raise ConfigError(f"{NO_MERGING} (see '{verb} --help')")
     return parse(
         SeriesOptions,
         argv,
@@ -116,6 +113,7 @@ def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
         ),
         example=(
             "pyra train --task sst2 --root data/ --backbone bert-base-uncased --output runs/s\n"
+            "  pyra train --task gsm8k --root data/ --backbone models/smollm2 --method pyra --rate 0.5\n"
             "  pyra train --task gsm8k --root data/ --backbone models/smollm2 --method dora --output runs/g"
         ),
     )

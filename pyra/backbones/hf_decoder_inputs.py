@@ -82,6 +82,8 @@ def tell_layers(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not isinstance(tokens, Tensor):
         return (), given  # the model itself says what is missing
     first, depth = _merging_span(core)
+    if first is None:
+        return (), given
     cache, attended = given.get("past_key_values"), given.get("attention_mask")
     if isinstance(attended, Tensor) and attended.ndim != 2:
         raise ConfigError(f"merging takes an attention mask [B, N], this one is {list(attended.shape)}")
@@ -128,9 +130,10 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _merging_span(core: Any) -> tuple[int, int]:
+def _merging_span(core: Any) -> tuple[int | None, int]:
     """Return the first layer that merges, and how many there are."""
-    first = next(layer.step.layer for layer in core.layers if isinstance(layer, MergingLayer))
+    merging = (layer.step.layer for layer in core.layers if isinstance(layer, MergingLayer) and layer.step.removed)
+    first = next(merging, None)
     return first, len(core.layers)
 
 

@@ -13,7 +13,7 @@ from pyra.errors import ConfigError
 from pyra.tasks.fitting import processes
 from pyra.tasks.language.answers import RULES
 from pyra.tasks.language.data import Example, TextTask, examples_digest
-from pyra.tasks.language.models import count_macs, precision
+from pyra.tasks.language.models import count_macs, count_plain_macs, precision
 from pyra.tasks.language.runs import Subject
 from pyra.tasks.language.scoring import AnswerNll, answer_nll, classify, generate, mean_nll
 from pyra.tasks.language.tokens import Answered
@@ -32,6 +32,7 @@ class Scored:
         cut: examples that were longer than what is read.
         seconds: for all of them.
         macs: multiply-accumulates of a forward over as many tokens as an example has on average.
+        plain_macs: the same with nothing merging.
         nlls: how unlikely each right answer is after its prompt, None for one that is longer than what the backbone
             reads; None where a head answers.
     """
@@ -43,6 +44,7 @@ class Scored:
     cut: int
     seconds: float
     macs: int
+    plain_macs: int
     nlls: list[AnswerNll | None] | None = None
 
     @property
@@ -119,8 +121,9 @@ def answer(subject: Subject, task: TextTask, examples: Sequence[Example], how: A
     metric = task.card.metric
     value = float(load_metric(metric).compute(predictions=given, references=right)[metric])
     cut = sum(one.cut for one in found)
-    macs = count_macs(subject.model, tokens)
-    return Scored(value, right, given, texts or None, cut, seconds, macs, None if subject.answer == "head" else nlls)
+    macs, plain = count_macs(subject.model, tokens), count_plain_macs(subject.model, tokens)
+    known = None if subject.answer == "head" else nlls
+    return Scored(value, right, given, texts or None, cut, seconds, macs, plain, known)
 
 
 def _of_all(positions: Sequence[int], own: Sequence[Any]) -> list[Any]:

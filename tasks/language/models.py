@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pyra.adapters.targets import trained_modules
+from pyra.backbones import switch, wrapped_config, wrapped_schedule
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, UnsupportedModelError
 from pyra.tasks.language.tokens import Encoder
@@ -193,12 +194,49 @@ def backbone_digest(model: nn.Module) -> str:
 
 
 def count_macs(model: nn.Module, tokens: int) -> int:
-    """Count the multiply-accumulates of one forward over ``tokens`` tokens: matrix products and attention."""
+    """Count the multiply-accumulates of one forward over a prompt of ``tokens`` tokens: matrix products and attention.
+
+    Products are counted whole, those that a causal mask leaves out with them.
+    """
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **prompt_masks(model, ids, [tokens]))
     return int(counter.get_total_flops() // 2)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# Of PyTorch's kernels for attention the counter does not know the one for CPUs.
+_ON_A_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+
+
+def count_plain_macs(model: nn.Module, tokens: int) -> int:
+    """Count as :func:`count_macs` does, with nothing merging."""
+    config, schedule = wrapped_config(model), wrapped_schedule(model)
+    if config is None or schedule is None:
+        return count_macs(model, tokens)
+    switch(model, config, [0] * len(schedule))
+    try:
+        return count_macs(model, tokens)
+    finally:
+        switch(model, config, schedule)
+
+
+def prompt_masks(model: nn.Module, ids: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:
+    """Return what a forward over ids [B, T] needs beside them where prompts merge: nothing where none do.
+
+    Args:
+        model: of any kind.
+        ids: padded at the right.
+        starts: of each row, where its answer begins.
+    """
+    if not any(wrapped_schedule(model) or []):
+        return {}
+    ends = torch.tensor(starts, device=ids.device)
+    return {"prompt_mask": torch.arange(ids.shape[1], device=ids.device) < ends[:, None]}
 
 
 @contextlib.contextmanager

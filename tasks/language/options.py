@@ -7,20 +7,23 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pyra.adapters.methods import PEFT_METHODS, peft_config
+from pyra.config import PROMPT_PRESETS, PyraConfig
 from pyra.errors import ConfigError
+from pyra.prompt_matching import RULES
 from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
 from pyra.tasks.language.cards import ANSWERS
-from pyra.tasks.options import DEVICES, TRACKERS
+from pyra.tasks.options import DEVICES, MERGING, TRACKERS
 
 _IMAGES_ALONE = ("adapter", "bottleneck", "adaptformer", "prompts", "prompts-shallow")
 METHODS = {
+    "pyra": "prompt tokens merge and are re-activated by trained weights, beside --peft (decoders)",
+    "tome": "prompt tokens merge, or go as --rule says, beside --peft (decoders)",
     "linear": "train a new head on the frozen backbone (--answer head)",
     "full": "train all weights",
     **{name: text for name, text in PEFT_METHODS.items() if name not in _IMAGES_ALONE},
 }
-NO_MERGING = (
-    "tokens of language models do not merge yet: leave --rate and --schedule out, and take a method such as lora"
-)
+CONTROLS = ("drop", "truncate")
+"""Rules that merge nothing: what merging is compared with."""
 _LEARNING_RATES = {"linear": 1e-3, "full": 2e-5}
 
 
@@ -44,8 +47,17 @@ class LanguageOptions:
         choices=tuple(ANSWERS),
         metavar="HOW",
     )
-    rate: float | None = option(None, "not yet: tokens of language models do not merge")
-    schedule: list[int] | None = option(None, "not yet: tokens of language models do not merge")  # noqa: RUF009
+    rate: float | None = option(
+        None, "with tome and pyra: share of a prompt's multiply-accumulates to save, at 1024 tokens"
+    )
+    keep: str | None = option(
+        None, "instead: layers and the share of the prompt that is left after each, such as 8:0.5,16:0.25"
+    )
+    preset: str | None = option(
+        None, "where prompts merge: safe (late) or fast (the earlier the higher the rate)", choices=PROMPT_PRESETS
+    )
+    rule: str = option("importance", "how prompts become shorter", choices=RULES, metavar="NAME")
+    peft: str | None = option(None, "PEFT method beside tome and pyra: a method's name; lora by default")
     max_length: int | None = option(
         None, "tokens that are read, prompt and answer together; 512 by default, or what the backbone reads"
     )
@@ -80,13 +92,12 @@ class LanguageOptions:
         problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
         if problems:
             raise ConfigError("; ".join(problems))
-        if self.rate is not None or self.schedule is not None or self.method in ("tome", "pyra"):
-            raise ConfigError(NO_MERGING)
         if not self.backbone.strip():
             problems.append("--backbone is missing: give a folder that transformers has saved, or a name on the hub")
         if self.method in _IMAGES_ALONE:
             problems.append(f"--method {self.method} is made for images; one of {', '.join(METHODS)}")
         problems += choice_problems(self, leave_out=("method",) if self.method in _IMAGES_ALONE else ())
+        problems += self._merging_problems()
         if self.root is not None and self.data is not None:
             problems.append("give --root or --data, not both")
         numbers = ("rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit", "accumulate",
@@ -111,16 +122,67 @@ class LanguageOptions:
 
     @property
     def label(self) -> str:
-        """What tables call the method."""
-        return self.method
+        """What tables call the method: ``pyra``, ``tome``, a rule that is not importance, and PEFT other than LoRA."""
+        named = self.rule if self.rule in CONTROLS else self.method
+        named = f"{named}-bipartite" if self.rule == "bipartite" else named
+        return named if self.peft in (None, "lora") else f"{named}+{self.peft}"
 
-    def pyra_config(self) -> None:
-        """Return None: no tokens merge."""
-        return
+    @property
+    def merges(self) -> bool:
+        """Whether prompts become shorter."""
+        return self.method in MERGING
+
+    def pyra_config(self) -> PyraConfig | None:
+        """Return what to merge, or None."""
+        if not self.merges:
+            return None
+        return PyraConfig(
+            rate=self.rate,
+            keep=None if self.keep is None else parse_keep(self.keep),
+            preset=self.preset,
+            rule=self.rule,
+            reactivation=self.method == "pyra",
+        )
 
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
-        if self.method not in PEFT_METHODS:
+        method = (self.peft or "lora") if self.merges else self.method
+        if method not in PEFT_METHODS:
             return None
         targets = None if self.targets is None else [target.strip() for target in self.targets.split(",")]
-        return peft_config(self.method, self.rank, self.dropout, targets)
+        return peft_config(method, self.rank, self.dropout, targets)
+
+    def _merging_problems(self) -> list[str]:
+        given = [name for name in ("rate", "keep", "preset", "peft") if getattr(self, name) is not None]
+        given += ["rule"] if self.rule != "importance" else []
+        if not self.merges:
+            return [
+                f"--method {self.method} merges no tokens: leave --{name} out, or use tome or pyra" for name in given
+            ]
+        problems = []
+        if not {"rate", "keep", "preset"} & set(given):
+            problems.append(f"--method {self.method} needs --rate, such as 0.5 for half of a prompt's cost (or --keep)")
+        if self.peft is not None and (self.peft not in PEFT_METHODS or self.peft in _IMAGES_ALONE):
+            problems.append(f"--peft {self.peft} is none of {', '.join(m for m in PEFT_METHODS if m in METHODS)}")
+        try:
+            if not problems:
+                self.pyra_config()
+        except ConfigError as error:
+            problems.append(str(error).removeprefix("PyraConfig: "))
+        return problems
+
+
+def parse_keep(text: str) -> dict[int, float]:
+    """Read ``8:0.5,16:0.25``.
+
+    Raises:
+        ConfigError: for any other text.
+
+    >>> parse_keep("8:0.5,16:0.25")
+    {8: 0.5, 16: 0.25}
+    """
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return {int(layer): float(share) for layer, share in pairs}
+    except ValueError:
+        raise ConfigError(f"--keep must be layers and shares such as 8:0.5,16:0.25, got {text!r}") from None

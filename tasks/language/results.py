@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyra.backbones import macs, wrapped_schedule
 from pyra.tasks.language.answering import Scored
 from pyra.tasks.language.data import Example, TextTask, examples_digest
 from pyra.tasks.language.options import LanguageOptions
@@ -36,7 +37,6 @@ def trained_row(
         task=task.name,
         method=options.label,
         metric=task.card.metric,
-        rate=0.0,
         seed=options.seed,
         backbone=options.backbone,
         batch_size=options.batch_size,
@@ -59,7 +59,6 @@ def zero_shot_row(
         task=task.name,
         method=ZERO_SHOT,
         metric=task.card.metric,
-        rate=0.0,
         seed=options.seed,
         backbone=options.backbone,
         trained_parameters=0,
@@ -78,18 +77,22 @@ def asked_settings(subject: Subject, shots: int = 0) -> dict[str, Any]:
 def scored_columns(task: TextTask, scored: Scored, subject: Subject, options: LanguageOptions) -> dict[str, Any]:
     """Return the columns that belong to the examples that were scored.
 
-    MACs are those of one forward over an example of average length; nothing merges. The speed is that of scoring,
-    generation included.
+    MACs are those of one forward over an example of average length. Rate and schedule are those of a prompt of 1024
+    tokens: shorter ones save less. The speed is that of scoring, generation included.
     """
     layers = int(getattr(getattr(subject.model, "config", None), "num_hidden_layers", 0))
+    schedule = wrapped_schedule(subject.model) or [0] * layers
+    merges = any(schedule)
+    saved = 1 - macs(subject.model) / macs(subject.model, [0] * layers) if merges else 0.0
     train = [example.label for example in task.splits["train"]]
     references: Any = scored.references
     return {
         "value": scored.value,
         "answer_nll": scored.nll,
         "macs": scored.macs,
-        "plain_macs": scored.macs,
-        "schedule": [0] * layers,
+        "plain_macs": scored.plain_macs,
+        "schedule": schedule,
+        "rate": round(saved, 4),
         "images_per_second": len(scored.references) / scored.seconds,
         "throughput_batch_size": options.batch_size,
         "num_test": len(scored.references),

@@ -99,8 +99,10 @@ def adapted(model: nn.Module, options: LanguageOptions) -> nn.Module:
     """Adapt a model as the options say."""
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if width is not None:
-        refuse_rank(options.method, options.rank, width)
-    return model if options.method == "full" else adapt(model, peft=options.peft_config())
+        refuse_rank((options.peft or "lora") if options.merges else options.method, options.rank, width)
+    if options.method == "full":
+        return model
+    return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())
 
 
 def save_language_run(folder: Path, begin: Begin, labels: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from pyra.errors import TrainingError
 from pyra.tasks.language.answers import cut
+from pyra.tasks.language.models import prompt_masks
 from pyra.tasks.language.tokens import Answered, Encoder, by_length, mask, pad
 
 _NO_NUMBER = "the model gives logits that are NaN or infinite: it cannot be scored"
@@ -92,6 +93,8 @@ def log_likelihoods(
             first = min(rows[number].start - 1 for row in ids for number in inputs[row])
             options = {"logits_to_keep": width - first} if kept else {}
             batch = {"input_ids": pad(ids, pad_id).to(device), "attention_mask": mask(ids).to(device)}
+            starts = [min(rows[number].start for number in inputs[row]) for row in ids]
+            batch |= prompt_masks(model, batch["input_ids"], starts)
             logits = model(**batch, **options, use_cache=False).logits
             missing = width - logits.shape[1]  # positions whose logits were not computed
             for place, asked in enumerate(ids):

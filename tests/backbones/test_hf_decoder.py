@@ -325,8 +325,15 @@ def test_rates_are_saved_macs_and_prompts_keep_their_share() -> None:
         expected = [0] * 12
         expected[layer] = tokens - left
         assert macs(model, expected, input_size=tokens) == scaled and sizes.tokens == tokens
-    set_rate(model, 0.2)
+    with pytest.warns(UserWarning, match=r"rate 0.20 is outside what these weights are for \(rate 0.50\)"):
+        set_rate(model, 0.2)
     assert 0.2 <= 1 - macs(model) / macs(model, [0] * 12) < 0.202
+    tokens = ids(PROMPT)
+    with pytest.warns(UserWarning, match="outside"), torch.no_grad():
+        set_rate(model, 0)
+        stock = llama(num_hidden_layers=12)(tokens).logits
+        assert torch.equal(model(tokens).logits, stock)
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (1, PROMPT + 2)
 
 
 def test_macs_are_those_that_are_counted() -> None:

@@ -231,7 +231,7 @@ def test_task_files_that_run_none(tmp_path: Path) -> None:
         (["--lm-eval", ","], "--lm-eval is empty"),
         (["--lm-eval", "tasks/tiny.yaml"], "give the name of a task"),
         (["--lm-eval", "tiny_reviews", "--task", "sst2"], "--task is not for --lm-eval"),
-        (["--lm-eval", "tiny_reviews", "--rate", "0.5"], "do not merge yet"),
+        (["--lm-eval", "tiny_reviews", "--rate", "0.5"], "--rate is for runs on images"),
         (["--lm-eval", "tiny_reviews", "--num-fewshot", "-1"], "--num-fewshot must be at least 0"),
         (["--lm-eval", "tiny_reviews", "--chat"], "has no chat template"),
         (["--trust-task-code", "--task", "sst2"], "--trust-task-code goes with --lm-eval"),

@@ -184,8 +184,16 @@ def test_a_head_has_no_likelihood_of_answers(backbones: dict[str, Path], root: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate": 0.5}, "do not merge yet: leave --rate"),
-        ({"method": "pyra"}, "do not merge yet"),
+        ({"rate": 0.5}, "--method lora merges no tokens: leave --rate out, or use tome or pyra"),
+        ({"rule": "drop"}, "--method lora merges no tokens: leave --rule out"),
+        ({"method": "pyra"}, "--method pyra needs --rate, such as 0.5"),
+        ({"method": "pyra", "rate": 1.5}, r"rate must be a number in \[0, 1\), got 1.5"),
+        ({"method": "pyra", "keep": "8"}, "--keep must be layers and shares such as 8:0.5,16:0.25, got '8'"),
+        ({"method": "pyra", "keep": "8:2"}, r"keep of layer 8 must be a share in \(0, 1\], got 2.0"),
+        ({"method": "pyra", "rate": 0.5, "keep": "8:0.5"}, "exactly one of schedule and rate"),
+        ({"method": "pyra", "rate": 0.5, "rule": "drop"}, "rule 'drop' merges nothing that could be re-activated"),
+        ({"method": "tome", "rate": 0.5, "rule": "dorp"}, "--rule must be one of .*got 'dorp'"),
+        ({"method": "tome", "rate": 0.5, "peft": "bottleneck"}, "--peft bottleneck is none of lora, dora"),
         ({"method": "prompts"}, "made for images; one of linear, full, lora"),
         ({"method": "lroa"}, "did you mean 'lora'"),
         ({"answer": "guess"}, "--answer must be one of head, scoring, generation"),
@@ -376,7 +384,7 @@ def test_runs_on_images_and_on_texts_are_told_apart(
     assert evaluate_verb.main([str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert "written to" in capsys.readouterr().out
     for flags, message in {
-        ("--rate", "0.5"): "do not merge yet",
+        ("--rate", "0.5"): "--rate is for runs on images",
         ("--skip-broken",): "--skip-broken is for runs on images",
         ("--task", "sst2"): "--task goes with --backbone",
         ("--max-length", "0"): "--max-length must be above 0",

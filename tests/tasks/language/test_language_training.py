@@ -136,8 +136,8 @@ def test_a_folder_of_files_is_data(
         ("--data", str(tmp_path / "none")): "is not there: task sst2 is read from train.tsv",
         ("--data", str(root)): "has no train.tsv, dev.tsv, test.tsv",
         ("--data", " "): "--data is empty",
-        ("--method", "pyra"): "do not merge yet: leave --rate and --schedule out, and take a method such as lora (see "
-        "'pyra train --task sst2 --help')",
+        ("--method", "pyra"): "--method pyra needs --rate",
+        ("--method", "pyra", "--rate", "0.5"): "BertModel cannot be merged",
         ("--data", str(root), "--root", str(root)): "give --root or --data, not both",
     }.items():
         assert main([*given, *flags, "--output", str(tmp_path / "other")]) == 2
