@@ -10,12 +10,13 @@ from pathlib import Path
 from pyra.errors import ConfigError
 from pyra.files import write_json
 from pyra.records import ABOVE_0, bound_problems, type_problems
-from pyra.tasks.language.answering import Asking, Scored, answer
+from pyra.tasks.language.answering import Asking, answer
 from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest, load_decoder, load_encoder, longest, read_config
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.results import asked_settings, scored_columns, zero_shot_row
 from pyra.tasks.language.runs import Subject, load_language_run, resolve_answer
+from pyra.tasks.language.scored import Scored
 from pyra.tasks.output import staged_output
 from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DTYPES, resolve_device

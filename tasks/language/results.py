@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pyra.backbones import macs, wrapped_schedule
-from pyra.tasks.language.answering import Scored
 from pyra.tasks.language.data import Example, TextTask, examples_digest
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.runs import Subject
+from pyra.tasks.language.scored import Scored
 from pyra.tasks.provenance import adapter_settings, majority, settings
 from pyra.tasks.results import RunResult, environment
 

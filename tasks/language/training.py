@@ -30,12 +30,13 @@ from pyra.tasks.fitting.loop import (
     where_to_go_on,
 )
 from pyra.tasks.fitting.trainer import KeepingTrainer
-from pyra.tasks.language.answering import Asking, Scored, answer, room_for_prompts
+from pyra.tasks.language.answering import Asking, answer, room_for_prompts
 from pyra.tasks.language.data import Example, TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest
 from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.results import trained_row
 from pyra.tasks.language.runs import Subject, adapted, begin_run, new_subject, save_language_run
+from pyra.tasks.language.scored import Scored
 from pyra.tasks.language.scoring import collate
 from pyra.tasks.language.tokens import IGNORED, mask, pad
 from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, read_result

@@ -27,7 +27,7 @@ def test_seeds_are_one_row_with_mean_and_deviation(make) -> None:
 
 def test_the_likelihood_of_right_answers_is_a_mean_over_seeds_too(make) -> None:
     table = summary(grouped(make(answer_nll=0.2, seed=0), make(answer_nll=0.4, seed=1), make("lora")))
-    cells = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
+    cells = [dict(zip(table.headers, line, strict=True)) for line in table.cells]
     assert [line["answer NLL"] for line in cells] == ["0.30", "-"]
     assert records(grouped(make(answer_nll=0.2)))[0]["answer_nll"] == 0.2
     assert "answer NLL" not in summary(grouped(make())).headers
