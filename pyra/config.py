@@ -169,7 +169,10 @@ class PyraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values, with its format version."""
-        return {"version": VERSION, **asdict(self)}
+        values = {"version": VERSION, **asdict(self)}
+        if self.keep is not None:  # JSON has no numbers as keys
+            values["keep"] = {str(layer): share for layer, share in self.keep.items()}
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PyraConfig:
@@ -177,7 +180,7 @@ class PyraConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"PyraConfig: expected keys and values, found {type(values).__name__}")
         values = dict(values)
-        if isinstance(values.get("keep"), dict):  # JSON has no numbers as keys
+        if isinstance(values.get("keep"), dict):
             values["keep"] = {int(key) if str(key).isdecimal() else key: one for key, one in values["keep"].items()}
         version = values.pop("version", VERSION)
         problems = record_problems(cls, values)

@@ -42,12 +42,17 @@ def test_every_method_classifies(
     kind: str, method: str, backbones: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     asked = {"rank": 4, "epochs": 2} | ({"targets": "query,value" if kind == "bert" else "q_proj,v_proj"})
+    asked |= {"keep": "0:0.5"} if method in ("pyra", "tome") else {}
     if method == "ia3":
         asked["targets"] = "value" if kind == "bert" else "v_proj"
     result, notes = train_language(options(backbones[kind], root, tmp_path / "run", method=method, **asked))
     assert read_result(tmp_path / "run") == result and notes == []
     assert (result.method, result.metric, result.num_test) == (method, "accuracy", 16)
-    assert result.trained_parameters > 0 and result.macs > 1000 and result.rate == 0 and not any(result.schedule)
+    assert (
+        result.trained_parameters > 0
+        and result.macs > 1000
+        and (result.rate > 0) == any(result.schedule) == ("keep" in asked)
+    )
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")) == [
         "adapter",
         "backbone.json",
@@ -194,7 +199,7 @@ def test_a_head_has_no_likelihood_of_answers(backbones: dict[str, Path], root: P
         ({"method": "pyra", "rate": 0.5, "rule": "drop"}, "rule 'drop' merges nothing that could be re-activated"),
         ({"method": "tome", "rate": 0.5, "rule": "dorp"}, "--rule must be one of .*got 'dorp'"),
         ({"method": "tome", "rate": 0.5, "peft": "bottleneck"}, "--peft bottleneck is none of lora, dora"),
-        ({"method": "prompts"}, "made for images; one of linear, full, lora"),
+        ({"method": "prompts"}, "made for images; one of pyra, tome, linear, full, lora"),
         ({"method": "lroa"}, "did you mean 'lora'"),
         ({"answer": "guess"}, "--answer must be one of head, scoring, generation"),
         ({"method": "linear", "answer": "scoring"}, "--method linear trains a head: --answer scoring has none"),

@@ -137,7 +137,7 @@ def test_a_folder_of_files_is_data(
         ("--data", str(root)): "has no train.tsv, dev.tsv, test.tsv",
         ("--data", " "): "--data is empty",
         ("--method", "pyra"): "--method pyra needs --rate",
-        ("--method", "pyra", "--rate", "0.5"): "BertModel cannot be merged",
+        ("--data", str(root / "sst2"), "--method", "pyra", "--rate", "0.5"): "BertModel cannot be merged",
         ("--data", str(root), "--root", str(root)): "give --root or --data, not both",
     }.items():
         assert main([*given, *flags, "--output", str(tmp_path / "other")]) == 2
