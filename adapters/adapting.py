@@ -30,9 +30,10 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
         pyra: what to merge; None leaves the tokens alone.
         peft: any PEFT configuration. Without ``target_modules`` an image encoder is adapted in its projections to
             queries, keys and values (norm tuning: in its norms; visual prompts: where its tokens come from), a
-            language model where PEFT says (``ExpertLoraConfig``: in its routed experts). The task head and the re-activation weights are trained and saved with it.
-            None trains those alone (with ``pyra`` None as well: a linear probe). AdaLoRA moves its ranks only where
-            the training loop calls ``model.base_model.update_and_allocate(step)`` after each optimiser step.
+            language model where PEFT says (``ExpertLoraConfig``: in its routed experts). The task head and the
+            re-activation weights are trained and saved with it. None trains those alone (with ``pyra`` None as well: a
+            linear probe). AdaLoRA moves its ranks only where the training loop calls
+            ``model.base_model.update_and_allocate(step)`` after each optimiser step.
 
     Returns:
         A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.

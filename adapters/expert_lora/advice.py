@@ -25,10 +25,11 @@ def warn_of_rebuilt_stacks(model: nn.Module, config: PeftConfig) -> None:
         layers[name.rpartition(".")[0]] += stack.numel() * stack.element_size()
         trained += 4 * config.r * stack.shape[0] * sum(stack.shape[1:])  # in float32, as peft trains adapters
     if layers and max(layers.values()) > LARGE:
+        rebuilt = f"{_size(sum(layers.values()))} in every forward ({_size(max(layers.values()))} a layer)"
         warnings.warn(
-            f"target_parameters names stacks of experts: peft adds the update to whole stacks, {_size(sum(layers.values()))} "
-            f"in every forward ({_size(max(layers.values()))} a layer), and trains {_size(trained)} of factors for all "
-            "experts; ExpertLoraConfig of pyra.adapters sends only tokens through the factors, of the experts you name",
+            f"target_parameters names stacks of experts: peft adds the update to whole stacks, {rebuilt}, and trains "
+            f"{_size(trained)} of factors for all experts; ExpertLoraConfig of pyra.adapters sends only tokens through "
+            "the factors, of the experts that you name",
             stacklevel=4,
         )
 

@@ -131,7 +131,7 @@ def expert_targets(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
         mixtures = expert_layers(model, through_adapters=True) if wanted else {}
     except UnsupportedModelError:
         return {}
-    stacks = {}
+    stacks: dict[str, Tensor] = {}
     for name, mixture in mixtures.items():
         experts = mixture.experts.get_base_layer() if isinstance(mixture.experts, BaseTunerLayer) else mixture.experts
         stacks |= {f"{name}.experts.{projection}": getattr(experts, projection) for projection in PROJECTIONS}

@@ -50,7 +50,7 @@ def layer_number(name: str) -> int | None:
 
 def _plain(module: Any, name: str) -> Any:
     """Return a child without the PEFT layers around it."""
-    found = getattr(module, name, None)
+    found: Any = getattr(module, name, None)
     while hasattr(found, "base_layer"):
         found = found.base_layer
     return found
