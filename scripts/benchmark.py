@@ -156,8 +156,8 @@ def _model(arguments: Sequence[str]) -> int:
         description=(
             "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
             "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training, 'pyra benchmark\n"
-            "experts' LoRA on routed experts, 'pyra benchmark input' the images on their way to a training step, 'pyra benchmark exports' ONNX in its runtimes, 'pyra\n"
-            "benchmark serve' a server under load; each has a --help."
+            "experts' LoRA on routed experts, 'pyra benchmark input' images on their way to a training step, 'pyra\n"
+            "benchmark exports' ONNX in its runtimes, 'pyra benchmark serve' a server under load; each has a --help."
         ),
         example=(
             "pyra benchmark model --backbone vit_base_patch16_224 --batch-size 16\n"

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from pyra.adapters.expert_lora.config import ExpertLoraConfig
 
-_ALIGNED = 16  # bytes that rows start at multiples of in torch's grouped product
+ALIGNED = 16
+"""Bytes that rows start at multiples of in torch's grouped product."""
 
 
 class _Groups(NamedTuple):
@@ -70,7 +71,7 @@ class ExpertFactors(nn.Module):
         if not hasattr(self, f"{projection}_A"):
             return product
         first, second = (getattr(self, f"{projection}_{factor}").to(x.dtype) for factor in "AB")
-        short = -self.r % (_ALIGNED // x.element_size())
+        short = -self.r % (ALIGNED // x.element_size())
         if short:
             first, second = F.pad(first, (0, 0, 0, short)), F.pad(second, (0, short))
         entering = self.dropout(x if groups.rows is None else x[groups.rows])

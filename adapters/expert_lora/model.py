@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pyra.adapters.expert_lora.config import PROJECTIONS, ExpertLoraConfig
-from pyra.adapters.expert_lora.layer import ExpertLoraLayer
+from pyra.adapters.expert_lora.layer import ALIGNED, ExpertLoraLayer
 from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.experts.layers import expert_layers, layer_number
 
@@ -120,6 +120,8 @@ def _refuse_other_layouts(name: str, experts: Any) -> None:
     stacks = [getattr(experts, projection) for projection in PROJECTIONS]
     if any(not stack.is_floating_point() or stack.element_size() < 2 for stack in stacks):
         other.append(f"weights of {stacks[0].dtype}")
+    rows = [stack.shape[-1] * stack.element_size() for stack in stacks]
+    other += [f"rows of {count} bytes, no multiple of {ALIGNED}" for count in rows if count % ALIGNED]
     if other:
         raise UnsupportedModelError(f"{name} has {', '.join(other)}, which LoRA on experts does not cover")
 

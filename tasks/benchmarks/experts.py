@@ -1,4 +1,4 @@
-"""What training LoRA on routed experts costs: factored, beside PEFT's, which makes whole stacks anew in every forward."""
+"""What training LoRA on routed experts costs: factored, and PEFT's, which makes whole stacks anew in every forward."""
 
 from __future__ import annotations
 
