@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +36,9 @@ class ExpertLoraModel(LoraModel):
             )
         if peft_config.target_modules is None:
             peft_config.target_modules = set()
+        missing = _missing_targets(self.model, peft_config.target_modules)
+        if missing:  # PEFT says so only where nothing at all is adapted
+            raise ConfigError(f"target_modules {', '.join(missing)}: the model has no such module")
         return peft_config
 
     def _check_target_module_exists(self, peft_config: ExpertLoraConfig, key: str) -> Any:
@@ -103,6 +107,13 @@ def adapted_experts(model: nn.Module, config: ExpertLoraConfig) -> dict[str, Ten
         have = ", ".join(numbers.values())
         raise ConfigError(f"ExpertLoraConfig: {'; '.join(problems)} (layers with experts: {have})")
     return found
+
+
+def _missing_targets(model: nn.Module, wanted: Iterable[str] | str) -> list[str]:
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(wanted, str):
+        return [] if wanted == "all-linear" or any(re.fullmatch(wanted, name) for name in names) else [wanted]
+    return sorted(target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names))
 
 
 def _chosen(config: ExpertLoraConfig, name: str, number: str, count: int) -> Iterable[int] | None:
