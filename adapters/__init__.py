@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyra.adapters.adapting import adapt as adapt
     from pyra.adapters.bottleneck import BottleneckConfig as BottleneckConfig
     from pyra.adapters.card import CardInfo as CardInfo
+    from pyra.adapters.expert_lora import ExpertLoraConfig as ExpertLoraConfig
     from pyra.adapters.fold import fold_adapter as fold_adapter
     from pyra.adapters.hub import push_adapter as push_adapter
     from pyra.adapters.loading import load_adapter as load_adapter
@@ -31,6 +32,7 @@ _HOMES = {
     "adapt": "pyra.adapters.adapting",
     "BottleneckConfig": "pyra.adapters.bottleneck",
     "CardInfo": "pyra.adapters.card",
+    "ExpertLoraConfig": "pyra.adapters.expert_lora",
     "fold_adapter": "pyra.adapters.fold",
     "push_adapter": "pyra.adapters.hub",
     "load_adapter": "pyra.adapters.loading",
@@ -46,6 +48,7 @@ _HOMES = {
 __all__ = [
     "BottleneckConfig",
     "CardInfo",
+    "ExpertLoraConfig",
     "Recipe",
     "VisualPromptsConfig",
     "adapt",

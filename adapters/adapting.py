@@ -9,6 +9,7 @@ from peft.tuners.oft import OFTLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from pyra.adapters.expert_lora.advice import warn_of_rebuilt_stacks
 from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
@@ -29,9 +30,10 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
         pyra: what to merge; None leaves the tokens alone.
         peft: any PEFT configuration. Without ``target_modules`` an image encoder is adapted in its projections to
             queries, keys and values (norm tuning: in its norms; visual prompts: where its tokens come from), a
-            language model where PEFT says. The task head and the re-activation weights are trained and saved with it.
-            None trains those alone (with ``pyra`` None as well: a linear probe). AdaLoRA moves its ranks only where
-            the training loop calls ``model.base_model.update_and_allocate(step)`` after each optimiser step.
+            language model where PEFT says (``ExpertLoraConfig``: in its routed experts). The task head and the
+            re-activation weights are trained and saved with it. None trains those alone (with ``pyra`` None as well: a
+            linear probe). AdaLoRA moves its ranks only where the training loop calls
+            ``model.base_model.update_and_allocate(step)`` after each optimiser step.
 
     Returns:
         A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.
@@ -86,6 +88,7 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
         )
     fill_in_targets(config, model)
     _refuse_few_bits(model, config)
+    warn_of_rebuilt_stacks(model, config)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
     asked = set(getattr(config, "modules_to_save", None) or ())
     _refuse_inner_modules(model, asked)

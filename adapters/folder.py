@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pyra.adapters.bottleneck
-import pyra.adapters.prompts  # noqa: F401 - both register their methods with peft
+import pyra.adapters.expert_lora
+import pyra.adapters.prompts  # noqa: F401 - all three register their methods with peft
 from pyra.adapters.targets import REACTIVATION
 from pyra.config import PyraConfig
 from pyra.errors import CheckpointError, ConfigError, did_you_mean

@@ -74,6 +74,23 @@ class AdapterOptions:
 
 
 @dataclass(kw_only=True)
+class ExpertOptions:
+    """Options of ``pyra benchmark experts``."""
+
+    hidden: int = option(768, "channels of the model; a multiple of 8")
+    intermediate: int = option(384, "channels of an expert; a multiple of 8")
+    experts: int = option(128, "experts of the layer")
+    active: int = option(8, "experts a token")
+    tokens: int = option(256, "tokens a training step")
+    rank: int = option(16, "rank of the factors of an expert")
+    device: str = option("cpu", "cpu, cuda or cuda:NUMBER")
+    dtype: Dtype = option("float32", "of weights; factors are float32")  # noqa: RUF009 - a dataclass field
+    rounds: int = option(7, "timed training steps of each; the median counts")
+    threads: int | None = option(None, "CPU threads; all by default")
+    output: str = option("benchmark-experts.json", "file to write the rows to")
+
+
+@dataclass(kw_only=True)
 class InputOptions:
     """Options of ``pyra benchmark input``."""
 
@@ -121,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": _model,
         "kernels": _kernels,
         "adapters": _adapters,
+        "experts": _experts,
         "input": _input,
         "exports": _exports,
         "serve": _serve,
@@ -138,8 +156,8 @@ def _model(arguments: Sequence[str]) -> int:
         description=(
             "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
             "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training, 'pyra benchmark\n"
-            "input' the images on their way to a training step, 'pyra benchmark exports' ONNX in its runtimes, 'pyra\n"
-            "benchmark serve' a server under load; each has a --help."
+            "experts' LoRA on routed experts, 'pyra benchmark input' images on their way to a training step, 'pyra\n"
+            "benchmark exports' ONNX in its runtimes, 'pyra benchmark serve' a server under load; each has a --help."
         ),
         example=(
             "pyra benchmark model --backbone vit_base_patch16_224 --batch-size 16\n"
@@ -230,6 +248,34 @@ def _adapters(arguments: Sequence[str]) -> int:
         ("loading", lambda: loading_rows(subject, options.rounds)),
         ("switching", lambda: switching_rows(subject, options.rounds)),
         ("elastic training", lambda: elastic_rows(subject, options.batch_size, options.rounds)),
+    ]
+    return _finish(_run(stages), options)
+
+
+def _experts(arguments: Sequence[str]) -> int:
+    options = _options(
+        ExpertOptions,
+        arguments,
+        "experts",
+        description=(
+            "Train LoRA on the routed experts of one decoder layer, with ExpertLoraConfig and with PEFT's\n"
+            "target_parameters, in turns: a forward with its backward ('/ peft': how many times faster), and its peak\n"
+            "memory above the loaded model ('/ peft share': times as much), each in a process of its own. First both\n"
+            "are compared with equal factors: where they differ nothing is timed."
+        ),
+        example="pyra benchmark experts --experts 128 --tokens 256 --rank 16",
+    )
+    if options.hidden % 8 or options.intermediate % 8:
+        raise ConfigError("--hidden and --intermediate must be multiples of 8, which grouped products need")
+    _start(options)
+    from pyra.tasks.benchmarks.experts import Mixture, check, memory_rows, step_rows
+
+    sizes = {name: value for name, value in vars(options).items() if name not in ("rounds", "threads", "output")}
+    mixture = Mixture(**sizes)
+    check(mixture)
+    stages: list[tuple[str, Callable[[], list[Any]]]] = [
+        ("training step", lambda: step_rows(mixture, options.rounds)),
+        ("peak memory", lambda: memory_rows(mixture)),
     ]
     return _finish(_run(stages), options)
 

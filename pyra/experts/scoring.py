@@ -1,7 +1,8 @@
 """How much a task uses each expert, measured on its text.
 
-Two scores: the number of tokens that the router sends to an expert, and REAP's saliency: the mean, over those tokens,
-of the gate times the norm of what the expert adds (router-weighted expert activation pruning, arXiv 2510.13999).
+Three scores: the number of tokens that the router sends to an expert, the sum of the gates that it gives it, and REAP's
+saliency: the mean, over those tokens, of the gate times the norm of what the expert adds (router-weighted expert
+activation pruning, arXiv 2510.13999).
 
 Letters: ``L`` layers with experts, ``E`` experts, ``T`` tokens, ``k`` experts a token, ``C`` channels.
 """
@@ -30,11 +31,13 @@ class ExpertScores:
         layers: names of the layers that have experts.
         tokens: [L, E] int64, tokens that each expert was given.
         saliency: [L, E] float64, REAP's score; 0 for an expert that was given none.
+        gates: [L, E] float64, sum of the gates that each expert was given its tokens with; None where not measured.
     """
 
     layers: tuple[str, ...]
     tokens: Tensor
     saliency: Tensor
+    gates: Tensor | None = None
 
     def by(self, method: str) -> Tensor:
         """Return [L, E] float64: what experts are ranked by, of :data:`METHODS`; :class:`ConfigError` for another."""
@@ -59,6 +62,7 @@ def score_experts(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Exp
     layers = expert_layers(model)
     counts = [torch.zeros(layer.experts.num_experts, dtype=torch.int64) for layer in layers.values()]
     sums = [torch.zeros(layer.experts.num_experts, dtype=torch.float64) for layer in layers.values()]
+    gated = [torch.zeros_like(zeros) for zeros in sums]
     counted: list[Tensor | None] = [None]
 
     def look(index: int, experts: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -72,7 +76,9 @@ def score_experts(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Exp
             gate, up = (hidden[rows] @ experts.gate_up_proj[expert].mT).chunk(2, dim=-1)
             added = (experts.act_fn(gate) * up) @ experts.down_proj[expert].mT
             counts[index][expert] += len(rows)
-            sums[index][expert] += (gates[rows, slots].double() * added.double().norm(dim=-1)).sum().cpu()
+            given = gates[rows, slots].double()
+            gated[index][expert] += given.sum().cpu()
+            sums[index][expert] += (given * added.double().norm(dim=-1)).sum().cpu()
 
     hooks = [
         layer.experts.register_forward_pre_hook(partial(look, index)) for index, layer in enumerate(layers.values())
@@ -94,4 +100,4 @@ def score_experts(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Exp
         raise DataError("the text to score experts on has no tokens")
     if not total.isfinite().all():
         raise DataError("the experts' outputs on this text are not finite: load the model in bfloat16 or float32")
-    return ExpertScores(tuple(layers), tokens, total / tokens.clamp(min=1))
+    return ExpertScores(tuple(layers), tokens, total / tokens.clamp(min=1), torch.stack(gated))

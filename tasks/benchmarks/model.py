@@ -6,14 +6,8 @@ Weights are random (no time depends on them), images are real.
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +18,11 @@ from pyra.adapters.methods import peft_config
 from pyra.backbones import macs, wrap
 from pyra.cost import token_counts
 from pyra.tasks.benchmarks.kernels import Shape, step_job
+from pyra.tasks.benchmarks.processes import in_fresh_process, resident
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.benchmarks.subject import LEVELS, Subject
 from pyra.tasks.data.task import image_dataset, load_task
 from pyra.tasks.timing import Spread, forward, graphed, spreads
-
-Result = TypeVar("Result")
 
 INFERENCE_GOAL = {"cpu": 0.95, "cuda": 0.90}  # of the MACs ratio
 MACHINERY_GOAL = 0.05  # of the plain forward, on a GPU
@@ -117,7 +110,7 @@ def machinery_rows(subject: Subject, batch_size: int, rounds: int, how: str = ""
 
 def compile_rows(subject: Subject, batch_size: int) -> list[Row]:
     """Compile time of the merging model over the plain one's: cold caches, a fresh process each, shortest of two."""
-    runs = [(level, _in_fresh_process(_compile_seconds, subject, level, batch_size)) for level in ("plain", "high") * 2]
+    runs = [(level, in_fresh_process(_compile_seconds, subject, level, batch_size)) for level in ("plain", "high") * 2]
     seconds = {level: min(value for name, value in runs if name == level) for level in ("plain", "high")}
     ratio = seconds["high"] / seconds["plain"]
     return [
@@ -141,7 +134,7 @@ def training_rows(subject: Subject, batch_size: int, rounds: int) -> list[Row]:
         {name: _training_step(subject, name, batch_size) for name in ("lora", "pyra")}, rounds, 1, subject.device
     )
     speedup = took["lora"].p50 / took["pyra"].p50
-    lora, merged = (_in_fresh_process(_peak_memory, subject, name, batch_size) for name in ("lora", "pyra"))
+    lora, merged = (in_fresh_process(_peak_memory, subject, name, batch_size) for name in ("lora", "pyra"))
     sizes, schedules = subject.shapes()
     entering = token_counts(sizes, schedules["high"])[:-1]
     tokens = sum(entering) / len(entering) / sizes.tokens
@@ -242,18 +235,6 @@ def _training_step(subject: Subject, name: str, batch_size: int) -> Callable[[],
     return step
 
 
-def _in_fresh_process(job: Callable[..., Result], *arguments: object) -> Result:
-    """Run a job in a process of its own, with as many threads as this one has."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_with_threads, torch.get_num_threads(), job, *arguments).result()
-
-
-def _with_threads(threads: int, job: Callable[..., Result], *arguments: object) -> Result:
-    torch.set_num_threads(threads)
-    return job(*arguments)
-
-
 def _peak_memory(subject: Subject, name: str, batch_size: int) -> tuple[int, int]:
     """Peak bytes over two training steps, all and above the loaded model: of the process, or of the GPU."""
     step = _training_step(subject, name, batch_size)
@@ -261,10 +242,10 @@ def _peak_memory(subject: Subject, name: str, batch_size: int) -> tuple[int, int
         loaded = torch.cuda.memory_allocated(subject.device)
         torch.cuda.reset_peak_memory_stats(subject.device)
     else:
-        loaded = _resident("VmRSS:")
+        loaded = resident("VmRSS:")
     step()
     step()
-    peak = torch.cuda.max_memory_allocated(subject.device) if _kind(subject) == "cuda" else _resident("VmHWM:")
+    peak = torch.cuda.max_memory_allocated(subject.device) if _kind(subject) == "cuda" else resident("VmHWM:")
     return peak, peak - loaded
 
 
@@ -285,15 +266,3 @@ def _compile_seconds(subject: Subject, level: str, batch_size: int) -> float:
                 torch.cuda.synchronize(images.device)
             seconds.append(time.perf_counter() - start)
     return seconds[0] - seconds[1]
-
-
-def _resident(field: str) -> int:
-    """Resident bytes of this process, now (``VmRSS:``) or at most (``VmHWM:``), as Linux tells them.
-
-    Elsewhere the peak stands for both; on Linux ``ru_maxrss`` would include the parent's before ``exec``.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -21,9 +21,9 @@ class Row:
     Attributes:
         measured: what was measured, such as ``"merge"`` or ``"forward, high"``.
         implementation: what ran, such as ``"triton"`` or ``"merged"``.
-        backbone: timm name whose shapes were taken.
-        image_size: image side in pixels.
-        batch_size: images.
+        backbone: timm name whose shapes were taken, or the sizes of a language model.
+        image_size: image side in pixels; 0 for a language model.
+        batch_size: images, or tokens of a language model.
         dtype: of the tensors.
         unit: of the three quantiles: ``"us"``, ``"ms"``, ``"images/s"``, ``"s"``, ``"GB"``.
         p20, p50, p80: quantiles of the repeats; equal where a quantity is measured once.
@@ -69,7 +69,7 @@ def table(rows: Sequence[Row]) -> str:
     columns = {
         "measured": [row.measured for row in rows],
         "ran": [row.implementation for row in rows],
-        "model": [f"{row.backbone} {row.image_size}" for row in rows],
+        "model": [f"{row.backbone} {row.image_size or ''}".rstrip() for row in rows],
         "batch": [str(row.batch_size) for row in rows],
         "median": [f"{row.p50:.4g} {row.unit}" for row in rows],
         "p20-p80": [f"{row.p20:.4g}-{row.p80:.4g}" if row.p20 != row.p80 else "" for row in rows],

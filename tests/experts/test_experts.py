@@ -17,7 +17,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from pyra.backbones import joyai
 from pyra.backbones.joyai_checkpoint import load_model, save_checkpoint
 from pyra.errors import ConfigError, DataError, UnsupportedModelError
-from pyra.experts import ExpertScores, choose_experts, prune_experts, score_experts, set_active_experts
+from pyra.experts import (
+    ExpertScores,
+    choose_experts,
+    choose_task_experts,
+    prune_experts,
+    score_experts,
+    set_active_experts,
+)
 from pyra.experts.layers import expert_layers
 
 
@@ -228,3 +235,47 @@ def test_what_cannot_be_scored(model: joyai.JoyAIForCausalLM) -> None:
         model.model.layers[1].mlp.experts.down_proj.fill_(float("inf"))
     with pytest.raises(DataError, match="not finite"):
         score_experts(model, [{"input_ids": tokens()}])
+
+
+def test_gates_are_summed(model: joyai.JoyAIForCausalLM) -> None:
+    found = score_experts(model, [{"input_ids": tokens()}])
+    assert found.gates is not None
+    assert torch.allclose(
+        found.gates.sum(1), torch.full((3,), 2.5 * 24, dtype=torch.float64)
+    )  # each token's add to 2.5
+    assert torch.equal(found.gates > 0, found.tokens > 0)
+
+
+GIVEN = ExpertScores(
+    ("a", "b"),
+    tokens=torch.tensor([[1, 2, 3, 4], [10, 0, 0, 0]]),
+    saliency=torch.zeros(2, 4),
+    gates=torch.tensor([[5.0, 2.0, 2.0, 1.0], [0.0, 1.0, 1.0, 0.0]]),
+)
+
+
+@pytest.mark.parametrize(
+    ("share", "by", "expected"),
+    [
+        (0.1, "gate", {"a": [0], "b": [1]}),
+        (0.5, "gate", {"a": [0], "b": [1]}),  # exactly what the first holds
+        (0.51, "gate", {"a": [0, 1], "b": [1, 2]}),  # of equals the first
+        (1.0, "gate", {"a": [0, 1, 2, 3], "b": [1, 2]}),  # none that was given nothing
+        (0.4, "token", {"a": [3], "b": [0]}),
+        (0.7, "token", {"a": [2, 3], "b": [0]}),
+        (None, "gate", {"a": [0], "b": [1]}),
+        (None, "token", {"a": [3], "b": [0]}),
+    ],
+)
+def test_the_smallest_sets_that_hold_a_share(share: float | None, by: str, expected: dict[str, list[int]]) -> None:
+    assert choose_task_experts(GIVEN, share, by) == expected
+
+
+def test_shares_that_are_none() -> None:
+    for share in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="share must be above 0 and at most 1"):
+            choose_task_experts(GIVEN, share)
+    with pytest.raises(ConfigError, match=r"by must be one of gate, token, got 'tokens' .*did you mean 'token'"):
+        choose_task_experts(GIVEN, 0.1, "tokens")
+    with pytest.raises(ConfigError, match="hold no gates"):
+        choose_task_experts(scores([1, 2]), 0.1)
