@@ -17,6 +17,8 @@ from pyra.errors import ConfigError, UnsupportedModelError
 
 # The paper adapts the fused qkv (arXiv 2403.09192, section 4).
 _QUERIES_KEYS_VALUES = ("qkv", "q_proj", "k_proj", "v_proj")
+# Multi-head latent attention, which PEFT has no choice for; the routed experts are no linear layers.
+_LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -40,6 +42,10 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
             raise ConfigError(f"visual prompts need an image encoder that could merge: {error}") from None
         if isinstance(config, LNTuningConfig) and _kind(model) not in LNTUNING_TARGETS:  # BERT and its kin
             config.target_modules = norm_targets(model, model) or None
+        elif names := latent_targets(model):
+            config.target_modules = names
+            if isinstance(config, IA3Config) and config.feedforward_modules is None:
+                config.feedforward_modules = []
         return
     if isinstance(config, VisualPromptsConfig):
         config.target_modules = prompt_target(model, core)
@@ -65,6 +71,12 @@ def projection_targets(model: nn.Module, core: nn.Module) -> list[str] | str:
         return names
     path = next(name for name, module in model.named_modules() if module is core)
     return rf"{re.escape(path)}\..*\.({'|'.join(names)})"
+
+
+def latent_targets(model: nn.Module) -> list[str]:
+    """Name the projections of multi-head latent attention (DeepSeek-V3, JoyAI); none where a model has none."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return sorted(names.intersection(_LATENT)) if "kv_a_proj_with_mqa" in names else []
 
 
 def norm_targets(model: nn.Module, core: nn.Module) -> str:
