@@ -101,6 +101,10 @@ def kept_number(options: CompressOptions, config: Any) -> int:
     Raises:
         ConfigError: for a number that does not fit the model; says which do.
     """
+    if (config.first_k_dense_replace or 0) >= config.num_hidden_layers:
+        raise ConfigError(
+            f"--backbone {options.backbone} has no layer with experts: all {config.num_hidden_layers} are dense"
+        )
     experts, groups = int(config.n_routed_experts), int(config.n_group or 1)
     active = active_number(options, config)
     number = round(options.keep * experts) if options.keep <= 1 else int(options.keep)

@@ -180,6 +180,7 @@ def _write(model: JoyAIForCausalLM, checkpoint: Checkpoint, folder: Path, option
     inside = folder / "weights"
     save_checkpoint(model, inside, mtp=checkpoint.folder if along else None, model_type=FORMATS[options.format])
     for file in inside.iterdir():
+        file.chmod(0o644)
         file.replace(folder / file.name)
     inside.rmdir()
     for pattern in WRITTEN["compression"]:
