@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +32,25 @@ def only_experts(
         UnsupportedModelError: for routers without a correction bias.
     """
     gates = [layer.gate for layer in expert_layers(model).values()]
-    before, config = [gate.top_k for gate in gates], getattr(model, "config")  # noqa: B009 - of any model
-    told = config.num_experts_per_tok
-    biases = [getattr(gate, BIAS, None) for gate in gates]
+    config: Any = model.config
+    before, told = [gate.top_k for gate in gates], config.num_experts_per_tok
+    biases: list[Tensor] = [getattr(gate, BIAS) for gate in gates if hasattr(gate, BIAS)]
+    if len(biases) < len(gates):
+        raise UnsupportedModelError(f"{type(model).__name__}: its routers have no {BIAS} to close experts with")
     try:
         if active is not None:
             set_active_experts(model, active)
         if kept is not None:
             kept = torch.as_tensor(kept)
-            if any(bias is None for bias in biases):
-                raise UnsupportedModelError(f"{type(model).__name__}: its routers have no {BIAS} to close experts with")
             if problems := pruning_problems(list(expert_layers(model).values()), kept):
                 raise ConfigError("; ".join(problems))
             for gate, bias, index in zip(gates, biases, kept, strict=True):
                 closed = torch.full_like(bias, float("-inf"))
-                index = index.to(bias.device)
-                closed[index] = bias[index]
+                closed[index.to(bias.device)] = bias[index.to(bias.device)]
                 setattr(gate, BIAS, closed)
         yield model
     finally:
         for gate, top_k, bias in zip(gates, before, biases, strict=True):
             gate.top_k = top_k
-            if bias is not None:
-                setattr(gate, BIAS, bias)
+            setattr(gate, BIAS, bias)
         config.num_experts_per_tok = told

@@ -1,8 +1,6 @@
 """A tiny JoyAI that has learned something: trained from nothing on the texts of tasks, with a tokenizer of its own.
 
-Random weights cannot tell a good expert from a bad one. The experts are kept at work as DeepSeek-V3's are, without a
-loss: after each step the correction bias of an expert with more than its share of the tokens goes down, that of the
-others up (arXiv 2408.15664; by 0.001 as in DeepSeek-V3, arXiv 2412.19437, section 4.2).
+Random weights cannot tell a good expert from a bad one.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,12 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pyra.backbones import joyai
 from pyra.errors import ConfigError, TrainingError
-from pyra.experts.layers import expert_layers
+from pyra.experts.balancing import BalancedExperts
 from pyra.tasks.language.data import TextTask
 from pyra.tasks.language.prompts import SEPARATOR
 
 _MARKS = ("<s>", "</s>", "<pad>")
-_BALANCING = 0.001
 _WARM_UP = 0.1  # share of the steps
 
 
@@ -141,9 +137,9 @@ def pretrain(
     rows = _rows(tokenizer, texts, recipe.length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, recipe.steps))
-    losses = []
+    losses: list[float] = []
     model.train()
-    with _Balanced(model) as balanced:
+    with BalancedExperts(model) as balanced:
         for _, batch in zip(range(recipe.steps), _batches(rows, recipe), strict=False):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             if not loss.isfinite():
@@ -171,33 +167,6 @@ def held_out(
     size = len(tokenizer) + sum(seen.values())
     guesses = [-math.log((seen[token] + 1) / size) for token in rows[:, 1:].flatten().tolist()]
     return {"model": total / len(rows), "unigram": sum(guesses) / len(guesses), "tokens": float(len(guesses))}
-
-
-class _Balanced:
-    """Counts the tokens of each expert in a step, and moves the correction biases against them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = list(expert_layers(model).values())
-        self.counts = [torch.zeros(layer.gate.num_experts) for layer in self.layers]
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> _Balanced:
-        def count(index: int, _: Any, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
-            self.counts[index] += torch.bincount(arguments[1].flatten(), minlength=len(self.counts[index]))
-
-        self.hooks = [
-            layer.experts.register_forward_pre_hook(partial(count, index)) for index, layer in enumerate(self.layers)
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def step(self) -> None:
-        for layer, count in zip(self.layers, self.counts, strict=True):
-            layer.gate.e_score_correction_bias += _BALANCING * (count.mean() - count).sign()
-            count.zero_()
 
 
 def _rows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyra.backbones.joyai_checkpoint import check_checkpoint, check_tokenizer, load_model
 from pyra.experts import ExpertScores, choose_experts, score_experts
+from pyra.tasks.language.calibration import Losses, batches, encoded
 from pyra.tasks.language.compress_options import CompressOptions, kept_number
-from pyra.tasks.language.compressing import Losses, batches, encoded
 from pyra.tasks.language.compression import Variant
 from pyra.tasks.language.data import load_text_task
 from pyra.tasks.language.models import load_encoder, longest

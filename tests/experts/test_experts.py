@@ -25,6 +25,7 @@ from pyra.experts import (
     score_experts,
     set_active_experts,
 )
+from pyra.experts.balancing import BalancedExperts
 from pyra.experts.layers import expert_layers
 
 
@@ -161,6 +162,21 @@ def test_a_model_is_left_as_it_was_where_experts_cannot_be_closed(model: joyai.J
     with pytest.raises(ZeroDivisionError), only_experts(model, [[0, 1]] * 3, 1):
         raise ZeroDivisionError
     assert torch.equal(logits(model, tokens()), before) and model.config.num_experts_per_tok == 2
+
+
+def test_busy_experts_are_chosen_less(model: joyai.JoyAIForCausalLM) -> None:
+    layers = list(expert_layers(model).values())
+    biases = [layer.gate.e_score_correction_bias.clone() for layer in layers]
+    busy = score_experts(model, [{"input_ids": tokens()}]).tokens
+    with BalancedExperts(model) as balanced:
+        model(tokens())
+        balanced.step()
+        for layer, bias, count in zip(layers, biases, busy, strict=True):
+            moved = layer.gate.e_score_correction_bias - bias
+            assert torch.allclose(moved, 0.001 * (count.double().mean() - count).sign().float(), atol=1e-6)
+        assert not torch.stack(balanced.counts).any()
+    model(tokens())
+    assert not torch.stack(balanced.counts).any()  # no hook is left
 
 
 def test_experts_that_no_token_needs_change_nothing(model: joyai.JoyAIForCausalLM) -> None:
