@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "calibration": study.calibration,
             "test": study.test,
             "rows": rows,
-            "environment": environment(options.device if options.device != "auto" else "cpu"),
+            "environment": environment(study.losses.model.device.type),
         },
     )
     print(f"written to {options.output} (nats a token of the answers; differences in pairs with their standard error)")

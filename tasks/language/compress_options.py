@@ -101,6 +101,8 @@ def kept_number(options: CompressOptions, config: Any) -> int:
     Raises:
         ConfigError: for a number that does not fit the model; says which do.
     """
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"--backbone {options.backbone} is quantised: give the checkpoint with the plain weights")
     if (config.first_k_dense_replace or 0) >= config.num_hidden_layers:
         raise ConfigError(
             f"--backbone {options.backbone} has no layer with experts: all {config.num_hidden_layers} are dense"

@@ -123,7 +123,7 @@ def _write(model: JoyAIForCausalLM, checkpoint: Checkpoint, folder: Path, option
     for pattern in WRITTEN["compression"]:
         if pattern.startswith(("tokenizer", "special", "added", "chat", "vocab", "merges")):
             for file in checkpoint.folder.glob(pattern):
-                if file.is_file():
+                if file.is_file() and file.suffix != ".py":  # code is never carried along
                     shutil.copyfile(file, folder / file.name)
     return {
         "model_type": FORMATS[options.format],

@@ -136,6 +136,22 @@ def test_fewer_active_experts_alone_and_the_joyai_format(backbone: Path, root: P
         assert torch.equal(logits(load_model(tmp_path / "out")), logits(fewer))
 
 
+def test_half_precision_stays(root: Path, tmp_path: Path) -> None:
+    half = mixture(tmp_path / "half")
+    whole = load_file(half / "model.safetensors")
+    values = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(values | {"dtype": "bfloat16"}))
+    rounded = {n: value if n.endswith("correction_bias") else value.bfloat16() for n, value in whole.items()}
+    save_file(rounded, half / "model.safetensors", {"format": "pt"})
+    record = compress_experts(options(half, root, tmp_path / "out"))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert record.variants[0].bytes == 2 * record.variants[0].parameters and record.written["largest_difference"] == 0
+    assert torch.equal(written["lm_head.weight"], whole["lm_head.weight"].bfloat16())
+    expert = record.layers[0].kept[3]
+    name = "model.layers.1.mlp.experts.{}.up_proj.weight"
+    assert torch.equal(written[name.format(3)], whole[name.format(expert)].bfloat16())
+
+
 def test_groups_of_a_router_keep_as_many_each(root: Path, tmp_path: Path) -> None:
     grouped = mixture(tmp_path / "grouped", kind="deepseek_v3", n_group=2, topk_group=1)
     record = compress_experts(options(grouped, root, tmp_path / "out", keep=4, score="frequency"))
@@ -224,6 +240,8 @@ def broken(kind: str, backbone: Path, folder: Path) -> Path:
     weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     if kind == "count":
         (folder / "config.json").write_text(json.dumps(config | {"n_routed_experts": 6}))
+    elif kind == "quantised":
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     elif kind == "cut off":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif kind == "missing shard":
@@ -242,6 +260,7 @@ def broken(kind: str, backbone: Path, folder: Path) -> Path:
         ("llama", CheckpointError, "model_type is 'llama', not one of joyai_llm_flash, deepseek_v3"),
         ("dense", ConfigError, "has no layer with experts: all 4 are dense"),
         ("count", CheckpointError, "layer 1 has 8 experts, not 6"),
+        ("quantised", ConfigError, "is quantised: give the checkpoint with the plain weights"),
         ("cut off", CheckpointError, "download it again"),
         ("missing shard", CheckpointError, "model-1.safetensors is missing: download again"),
         ("no BOS", ConfigError, "does not begin a text with BOS"),
