@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TrainableTokensConfig
+from peft import IA3Config, LNTuningConfig, PeftConfig, TrainableTokensConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as LNTUNING_TARGETS
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from torch import nn
 
+from pyra.adapters.expert_lora import ExpertLoraConfig
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.prompts.model import prompt_target
 from pyra.backbones import is_decoder, locate
@@ -18,6 +18,8 @@ from pyra.errors import ConfigError, UnsupportedModelError
 
 # The paper adapts the fused qkv (arXiv 2403.09192, section 4).
 _QUERIES_KEYS_VALUES = ("qkv", "q_proj", "k_proj", "v_proj")
+# Multi-head latent attention, which PEFT has no choice for; the routed experts are no linear layers.
+_LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -25,8 +27,8 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     """Set ``target_modules`` (in place) where it is None and the model an image model; PEFT knows most language models.
 
     Norm tuning takes the norms of the image encoder, prompts the place where its tokens come from, every other method
-    the projections to queries, keys and values. (IA)3 rescales those alone: none of them feeds an MLP. Of decoders that
-    LoRA does not know in PEFT (JoyAI, DeepSeek-V3) it takes all projections of the attention.
+    the projections to queries, keys and values. (IA)3 rescales those alone: none of them feeds an MLP. Of
+    latent attention (JoyAI, DeepSeek-V3), which PEFT has no choice for, it takes all projections.
 
     Raises:
         ConfigError: for visual prompts, where the model has no place for them.
@@ -34,12 +36,6 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     if getattr(config, "target_modules", "none to ask for") is not None or getattr(config, "target_parameters", None):
         return
     if isinstance(config, TrainableTokensConfig):
-        return
-    if is_decoder(model) and not isinstance(config, VisualPromptsConfig):
-        if isinstance(config, LoraConfig) and _kind(model) not in LORA_TARGETS:
-            config.target_modules = _attention_targets(model)
-        elif isinstance(config, LNTuningConfig) and _kind(model) not in LNTUNING_TARGETS:
-            config.target_modules = norm_targets(model, model) or None
         return
     try:
         if is_decoder(model):
@@ -50,6 +46,10 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
             raise ConfigError(f"visual prompts need an image encoder that could merge: {error}") from None
         if isinstance(config, LNTuningConfig) and _kind(model) not in LNTUNING_TARGETS:  # BERT and its kin
             config.target_modules = norm_targets(model, model) or None
+        elif not isinstance(config, ExpertLoraConfig) and (names := latent_targets(model)):
+            config.target_modules = names
+            if isinstance(config, IA3Config) and config.feedforward_modules is None:
+                config.feedforward_modules = []
         return
     if isinstance(config, VisualPromptsConfig):
         config.target_modules = prompt_target(model, core)
@@ -60,14 +60,6 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
     config.target_modules = projection_targets(model, core)
     if isinstance(config, IA3Config) and config.feedforward_modules is None:
         config.feedforward_modules = []
-
-
-def _attention_targets(model: nn.Module) -> list[str]:
-    """Name the linear layers of a decoder's attention."""
-    inside = re.compile(r"\.self_attn\.(\w+)$")
-    found = {match[1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-             and (match := inside.search(name))}  # fmt: skip
-    return sorted(found)
 
 
 def _kind(model: nn.Module) -> str | None:
@@ -83,6 +75,12 @@ def projection_targets(model: nn.Module, core: nn.Module) -> list[str] | str:
         return names
     path = next(name for name, module in model.named_modules() if module is core)
     return rf"{re.escape(path)}\..*\.({'|'.join(names)})"
+
+
+def latent_targets(model: nn.Module) -> list[str]:
+    """Name the projections of multi-head latent attention (DeepSeek-V3, JoyAI); none where a model has none."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return sorted(names.intersection(_LATENT)) if "kv_a_proj_with_mqa" in names else []
 
 
 def norm_targets(model: nn.Module, core: nn.Module) -> str:

@@ -16,7 +16,7 @@ from pyra.scripts.cli import parse
 class EvaluateOptions:
     """Options of ``pyra evaluate``."""
 
-    run: str = option("", "folder written by pyra train")
+    run: str = option("", "folder written by pyra train, or by pyra compress-experts")
     split: str = option("test", "split to score")
     rate: float | None = option(
         None, "share of the MACs to save; the run's own by default, any of its range if elastic"
@@ -25,7 +25,10 @@ class EvaluateOptions:
     device: str = option("auto", "auto, cpu or cuda")
     skip_broken: bool = option(False, "leave unreadable images out instead of stopping")
     backbone: str | None = option(None, "language: score this model without a run, by the prompts of --task")
-    task: str | None = option(None, "language, with --backbone: the task, or a card file of your own")
+    task: str | None = option(
+        None,
+        "language, with --backbone (or after compress-experts, for another): the task, or a card file of yours",
+    )
     root: str | None = option(
         None, "language, with --backbone: folder with a folder of each task's files (PYRA_DATA by default)"
     )
@@ -82,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _backbone(options) if options.lm_eval is None else _harness(options)
     if not options.run:
         raise ConfigError("RUN is missing: give the folder of a run (see 'pyra evaluate --help')")
+    from pyra.tasks.language.compression import is_compression
+
+    if is_compression(options.run) and options.lm_eval is None:
+        return _compression(options)
     _refuse(options, _OF_BACKBONES, "goes with --backbone: a run knows its own")
     if options.lm_eval is not None:
         return _harness(options)
@@ -129,6 +136,28 @@ def _language_run(options: EvaluateOptions) -> int:
     for note in notes:
         print(note)
     print(f"written to {file}")
+    return 0
+
+
+def _compression(options: EvaluateOptions) -> int:
+    """Score what pyra compress-experts wrote."""
+    from pyra.tasks.language.compressed import evaluate_compression
+    from pyra.tasks.language.evaluation import Evaluation
+    from pyra.tasks.quiet import quiet_libraries
+    from pyra.tasks.reports import results_table
+
+    _refuse_of_images(options)
+    _refuse(options, ("output", "overwrite"), f"goes with --backbone: the row is written into {options.run}")
+    if options.root is not None and options.data is not None:
+        raise ConfigError("give --root or --data, not both")
+    quiet_libraries()
+    result, file, notes = evaluate_compression(
+        options.run, Evaluation(**_asked(options)), task=options.task, root=options.root, data=options.data
+    )
+    print(results_table([result]))
+    for note in notes:
+        print(note)
+    print(f"written to {file}; in tables: pyra results {options.run} --evaluations")
     return 0
 
 

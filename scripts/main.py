@@ -21,6 +21,7 @@ VERBS = {
     "recommend": ("pyra.scripts.recommend", "name the fastest of many runs that loses little, and how sure that is"),
     "schedule": ("pyra.scripts.schedule", "find a schedule for a latency, by calibration or by search"),
     "visualize": ("pyra.scripts.visualize", "picture what merged in an image, layer by layer"),
+    "compress-experts": ("pyra.scripts.compress_experts", "drop the experts of a mixture that a task does not use"),
     "export": ("pyra.scripts.export", "write a run for deployment (ONNX, ...), reload and compare it"),
     "predict": ("pyra.scripts.predict", "classify images with a run or an export, as JSON"),
     "serve": ("pyra.scripts.serve", "serve a run or an export: a page, an endpoint, health and metrics"),
@@ -89,7 +90,7 @@ def _terminate(*_: object) -> None:
 
 def usage() -> str:
     """Return the text of ``pyra --help``."""
-    verbs = "\n".join(f"  {name:<12}{text}" for name, (_, text) in VERBS.items())
+    verbs = "\n".join(f"  {name:<18}{text}" for name, (_, text) in VERBS.items())
     return (
         f"usage: pyra VERB [options]\n\n{_DESCRIPTION}\n\nverbs:\n{verbs}\n\n"
         "options:\n  -h, --help  show this text; 'pyra VERB --help' shows a verb's options\n"

@@ -25,7 +25,7 @@ from pyra.tasks.results import RESULT_FILE
 CLAIM_FILE = ".pyra-run"
 """Says which kind of output a folder holds."""
 
-Kind = Literal["run", "trial", "experiment", "sweep", "demo", "export"]
+Kind = Literal["run", "trial", "experiment", "sweep", "demo", "export", "compression"]
 
 WRITTEN: dict[Kind, tuple[str, ...]] = {
     "run": (
@@ -54,6 +54,21 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "README.md",
         "export.json",
         "measured.json",
+    ),
+    "compression": (
+        "compression.json",
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab.*",
+        "merges.txt",
+        "evaluation*.json",
+        "predictions*.json",
     ),
 }
 """What each kind writes, as patterns; nothing else is ever removed."""

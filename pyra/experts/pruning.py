@@ -17,24 +17,31 @@ from pyra.errors import ConfigError
 from pyra.experts.layers import expert_layers
 from pyra.experts.scoring import ExpertScores
 
-_BIAS = "e_score_correction_bias"
+BIAS = "e_score_correction_bias"
+"""Of a router: added to the scores that experts are chosen by, not to their gates."""
 
 
-def choose_experts(scores: ExpertScores, keep: int, method: str = "reap") -> Tensor:
+def choose_experts(scores: ExpertScores, keep: int, method: str = "reap", groups: int = 1) -> Tensor:
     """Return [L, keep] int64, ascending: the experts of each layer with the highest score; of equals the first.
 
     Args:
         scores: of the task.
         keep: experts that stay in every layer; configurations have one number for all.
         method: ``"reap"`` or ``"frequency"``.
+        groups: of the router (``n_group``); as many stay in each, so that every expert stays in its group.
 
     Raises:
-        ConfigError: for a number that is none.
+        ConfigError: for a number that is none, or that the groups do not divide.
     """
     ranked = scores.by(method)
-    if not 1 <= keep <= ranked.shape[1]:
-        raise ConfigError(f"keep must be a number of experts from 1 to {ranked.shape[1]}, got {keep}")
-    return ranked.argsort(dim=1, descending=True, stable=True)[:, :keep].sort(dim=1).values
+    experts = ranked.shape[1]
+    if not 1 <= keep <= experts:
+        raise ConfigError(f"keep must be a number of experts from 1 to {experts}, got {keep}")
+    if groups < 1 or keep % groups or experts % groups:
+        raise ConfigError(f"{groups} groups do not divide {keep} of {experts} experts")
+    best = ranked.unflatten(1, (groups, -1)).argsort(dim=2, descending=True, stable=True)[..., : keep // groups]
+    starts = torch.arange(groups)[:, None] * (experts // groups)
+    return (best.sort(dim=2).values + starts).flatten(1)
 
 
 def prune_experts(model: nn.Module, kept: Tensor | Sequence[Sequence[int]]) -> nn.Module:
@@ -53,7 +60,7 @@ def prune_experts(model: nn.Module, kept: Tensor | Sequence[Sequence[int]]) -> n
     """
     layers = expert_layers(model)
     kept = torch.as_tensor(kept)
-    problems = _problems(list(layers.values()), kept)
+    problems = pruning_problems(list(layers.values()), kept)
     if problems:
         raise ConfigError("; ".join(problems))
     with torch.no_grad():
@@ -62,9 +69,9 @@ def prune_experts(model: nn.Module, kept: Tensor | Sequence[Sequence[int]]) -> n
                 old = getattr(owner, name)
                 new = nn.Parameter(old[index.to(old.device)].clone(), requires_grad=old.requires_grad)
                 setattr(owner, name, new)
-            if hasattr(layer.gate, _BIAS):
-                bias = getattr(layer.gate, _BIAS)
-                setattr(layer.gate, _BIAS, bias[index.to(bias.device)].clone())
+            if hasattr(layer.gate, BIAS):
+                bias = getattr(layer.gate, BIAS)
+                setattr(layer.gate, BIAS, bias[index.to(bias.device)].clone())
             layer.experts.num_experts = layer.gate.num_experts = len(index)
     config: Any = model.config
     config.num_local_experts = kept.shape[1]  # under the name that each configuration has for it
@@ -88,7 +95,8 @@ def set_active_experts(model: nn.Module, number: int) -> nn.Module:
     return model
 
 
-def _problems(layers: list[Any], kept: Tensor) -> list[str]:
+def pruning_problems(layers: list[Any], kept: Tensor) -> list[str]:
+    """List why experts cannot stay; arguments as of :func:`prune_experts`."""
     if kept.ndim != 2 or kept.shape[0] != len(layers) or kept.is_floating_point() or not kept.shape[1]:
         return [f"kept must be whole numbers [{len(layers)}, K], got {kept.dtype} {list(kept.shape)}"]
     problems = []

@@ -150,6 +150,55 @@ def evaluate_backbone(
     Raises:
         PyraError: for anything wrong with the options, the data, the backbone or the output folder.
     """
+    bare = bare_backbone(backbone, task_name, asked, root=root, data=data)
+    if output is None:
+        result, scored = bare.score()
+    else:
+        with staged_output(output, "run", overwrite) as folder:
+            result, scored = bare.score()
+            write_json(folder / PREDICTIONS_FILE, scored.record(asked.split, bare.examples))
+            write_json(folder / RESULT_FILE, result)
+    return result, scored.notes()
+
+
+@dataclass(frozen=True)
+class BareBackbone:
+    """A backbone that nothing was trained for, before it is asked.
+
+    Attributes:
+        subject: the model with its tokenizer.
+        task: it is asked about.
+        examples: of the split that was asked for.
+        options: as of a run.
+        asked: of the caller.
+        weights: hash of the model.
+        meter: that has begun.
+    """
+
+    subject: Subject
+    task: TextTask
+    examples: list[Example]
+    options: LanguageOptions
+    asked: Evaluation
+    weights: str
+    meter: Meter
+
+    def score(self) -> tuple[RunResult, Scored]:
+        """Ask, and return the row with the answers."""
+        scored = _scored(self.subject, self.task, self.examples, self.options, self.asked)
+        columns = {
+            "split": self.asked.split,
+            "test_sha256": examples_digest(self.examples),
+            "weights_sha256": self.weights,
+            **self.meter.stop().columns(),
+        }
+        return zero_shot_row(self.task, scored, self.subject, self.options, self.asked.num_fewshot, **columns), scored
+
+
+def bare_backbone(
+    backbone: str, task_name: str, asked: Evaluation, *, root: str | None = None, data: str | None = None
+) -> BareBackbone:
+    """Load a backbone and what it is asked; arguments and errors as of :func:`evaluate_backbone`."""
     device = resolve_device(asked.device)
     meter = Meter(device).start()
     task = load_text_task(task_name, root, data)
@@ -161,22 +210,7 @@ def evaluate_backbone(
     model = load_decoder(backbone)
     weights = backbone_digest(model)
     subject = Subject(model.to(device), encoder, max_length, answered_by)
-    examples = task.split(asked.split, changed.limit)
-
-    def row() -> tuple[RunResult, Scored]:
-        scored = _scored(subject, task, examples, changed, asked)
-        columns = {"split": asked.split, "test_sha256": examples_digest(examples), "weights_sha256": weights}
-        more = {**columns, **meter.stop().columns()}
-        return zero_shot_row(task, scored, subject, changed, asked.num_fewshot, **more), scored
-
-    if output is None:
-        result, scored = row()
-    else:
-        with staged_output(output, "run", overwrite) as folder:
-            result, scored = row()
-            write_json(folder / PREDICTIONS_FILE, scored.record(asked.split, examples))
-            write_json(folder / RESULT_FILE, result)
-    return result, scored.notes()
+    return BareBackbone(subject, task, task.split(asked.split, changed.limit), changed, asked, weights, meter)
 
 
 def _scored(

@@ -21,10 +21,12 @@ from pyra.experts import (
     ExpertScores,
     choose_experts,
     choose_task_experts,
+    only_experts,
     prune_experts,
     score_experts,
     set_active_experts,
 )
+from pyra.experts.balancing import BalancedExperts
 from pyra.experts.layers import expert_layers
 
 
@@ -122,6 +124,60 @@ def test_a_number_to_keep_that_is_none(keep: int) -> None:
         choose_experts(scores([1, 2, 3, 4]), keep)
     with pytest.raises(ValueError, match="method must be one of reap, frequency"):
         choose_experts(scores([1, 2, 3, 4]), 2, "random")
+
+
+def test_groups_keep_as_many_each() -> None:
+    measured = scores([9, 8, 7, 1, 2, 3])
+    assert choose_experts(measured, 2).tolist() == [[0, 1]]
+    assert choose_experts(measured, 2, groups=2).tolist() == [[0, 5]]
+    assert choose_experts(measured, 4, groups=2).tolist() == [[0, 1, 4, 5]]
+    for keep, groups in ((3, 2), (4, 4), (2, 0)):
+        with pytest.raises(ConfigError, match=f"{groups} groups do not divide {keep} of 6 experts"):
+            choose_experts(measured, keep, groups=groups)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_group": 2, "topk_group": 1}])
+def test_closed_experts_are_as_if_they_were_gone(changes: dict[str, int]) -> None:
+    model, kept = make(**changes), [[0, 2, 5, 6], [1, 3, 4, 7], [0, 1, 6, 7]]
+    before = logits(model, tokens())
+    with only_experts(model, kept):
+        closed = logits(model, tokens())
+    with only_experts(model, kept, active=1):
+        fewer = logits(model, tokens())
+    assert torch.equal(logits(model, tokens()), before) and model.config.num_experts_per_tok == 2
+    prune_experts(model, kept)
+    assert torch.allclose(closed, logits(model, tokens()), rtol=0, atol=1e-5) and not torch.allclose(closed, before)
+    assert torch.allclose(fewer, logits(set_active_experts(model, 1), tokens()), rtol=0, atol=1e-5)
+    assert not torch.allclose(fewer, closed)
+
+
+def test_a_model_is_left_as_it_was_where_experts_cannot_be_closed(model: joyai.JoyAIForCausalLM) -> None:
+    before = logits(model, tokens())
+    for kept, active, said in (
+        ([[0]] * 3, None, "1 experts stay"),
+        (None, 9, "1 to 8 experts"),
+        ([[8, 1]] * 3, 1, "of 8"),
+    ):
+        with pytest.raises(ConfigError, match=said), only_experts(model, kept, active):
+            pass
+    with pytest.raises(ZeroDivisionError), only_experts(model, [[0, 1]] * 3, 1):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model, tokens()), before) and model.config.num_experts_per_tok == 2
+
+
+def test_busy_experts_are_chosen_less(model: joyai.JoyAIForCausalLM) -> None:
+    layers = list(expert_layers(model).values())
+    biases = [layer.gate.e_score_correction_bias.clone() for layer in layers]
+    busy = score_experts(model, [{"input_ids": tokens()}]).tokens
+    with BalancedExperts(model) as balanced:
+        model(tokens())
+        balanced.step()
+        for layer, bias, count in zip(layers, biases, busy, strict=True):
+            moved = layer.gate.e_score_correction_bias - bias
+            assert torch.allclose(moved, 0.001 * (count.double().mean() - count).sign().float(), atol=1e-6)
+        assert not torch.stack(balanced.counts).any()
+    model(tokens())
+    assert not torch.stack(balanced.counts).any()  # no hook is left
 
 
 def test_experts_that_no_token_needs_change_nothing(model: joyai.JoyAIForCausalLM) -> None:

@@ -18,6 +18,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pyra.backbones import joyai
+from pyra.backbones.joyai_checkpoint import save_checkpoint
+
 GOOD = ["a fine film", "great fun and warm", "a joy to watch", "it is warm and fine", "what a great joy"]
 BAD = ["a dull film", "bad and cold", "a bore to watch", "it is cold and dull", "what a bad bore"]
 SENTENCES = [
@@ -92,6 +95,16 @@ def encoder_model(seed: int = 0, vocab: int = 100) -> nn.Module:
             max_position_embeddings=64,
         )
     ).eval()
+
+
+def mixture(folder: Path, *, kind: str = "joyai_llm_flash", words: bool = True, **changes: object) -> Path:
+    """Write a JoyAI backbone folder: 4 layers, 8 experts of which a token is sent to 2, weights drawn wide."""
+    torch.manual_seed(0)
+    sizes = {"num_nextn_predict_layers": 0, "initializer_range": 0.2, "vocab_size": 400, **changes}
+    save_checkpoint(joyai.JoyAIForCausalLM(joyai.tiny_config(**sizes)), folder, model_type=kind)
+    if words:
+        tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save(model: nn.Module, words: PreTrainedTokenizerFast, folder: Path) -> Path:
