@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyra.backbones import geometry, macs, wrapped_schedule
+from pyra.backbones import geometry, is_decoder, macs, wrapped_schedule
 from pyra.checkpoints import file_digest, writing
 from pyra.errors import ConfigError, ExportError, PyraError, is_out_of_memory
 from pyra.export.folding import folded_copy
@@ -92,6 +92,11 @@ def export_model(
         >>> export_model(model, "exported/onnx", "onnx", example_input=images)  # doctest: +SKIP
     """
     chosen = format_named(format)
+    if is_decoder(model):
+        raise ExportError(
+            f"{type(model).__name__} reads words: exports are made for image models. Engines keep one number of keys "
+            "for all layers, which merged prompts do not have: fold the adapter, unwrap, and use save_pretrained"
+        )
     tolerance = _checked(chosen, example_input, tolerance, metadata, calibration)
     folder = Path(folder).expanduser()
     start = time.perf_counter()

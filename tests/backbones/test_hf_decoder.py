@@ -32,7 +32,8 @@ from pyra import PyraConfig, UnsupportedModelError, macs, schedule_for, set_rate
 from pyra.adapters import adapt, fold_adapter, load_adapter, save_adapter
 from pyra.backbones import geometry, joyai
 from pyra.backbones.hf_decoder_cache import PromptLayer, key_value_bytes
-from pyra.errors import ConfigError, ScheduleError
+from pyra.errors import ConfigError, ExportError, ScheduleError
+from pyra.export import export_model
 from pyra.prompt_matching import FIRST, LAST
 
 SMALL: dict[str, Any] = {
@@ -483,3 +484,8 @@ def test_a_quantised_cache_given_by_hand_is_refused() -> None:
         cache.layers[2] = type("OtherLayer", (PromptLayer,), {})()
     with torch.no_grad(), pytest.raises(ConfigError, match="DynamicCache of plain layers"):
         model(ids(), past_key_values=cache, logits_to_keep=1)
+
+
+def test_exports_are_for_images(tmp_path: Any) -> None:
+    with pytest.raises(ExportError, match="reads words: exports are made for image models"):
+        export_model(wrap(llama(), PyraConfig(rate=0.3)), tmp_path, "onnx", example_input=torch.rand(1, 3, 8, 8))
