@@ -88,7 +88,7 @@ def place(
     if held + gathered > min(memory):
         raise ConfigError(
             f"{plan} takes {_gb(held + gathered)} of weights on each of {devices} devices, the smallest has "
-            f"{_gb(min(memory))}: take more devices, or a quantised checkpoint"
+            f"{_gb(min(memory))}: take more devices, or fewer experts (pyra.experts)"
         )
     return Placement(plan, (held,) * devices, largest, {})
 
@@ -106,7 +106,7 @@ def _by_layers(model: JoyAIForCausalLM, memory: Sequence[int], width: int) -> Pl
     if best is None:
         raise ConfigError(
             f"the weights take {_gb(whole)}, whole layers of up to {_gb(max(size for _, size in parts))}; they do not "
-            f"fit into {', '.join(map(_gb, memory))}: take more devices, or a quantised checkpoint"
+            f"fit into {', '.join(map(_gb, memory))}: take more devices, or fewer experts (pyra.experts)"
         )
     for _ in range(30):
         middle = (low + high) / 2

@@ -20,6 +20,9 @@ from transformers import (
 
 from pyra.adapters.targets import trained_modules
 from pyra.backbones import switch, wrapped_config, wrapped_schedule
+from pyra.backbones.joyai import MODEL_TYPES
+from pyra.backbones.joyai_checkpoint import load_model
+from pyra.backbones.joyai_tokenizer import heed_bos
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, UnsupportedModelError
 from pyra.tasks.language.tokens import Encoder
@@ -60,9 +63,14 @@ def read_config(backbone: str) -> Any:
 
 
 def load_tokenizer(backbone: str) -> Any:
-    """Return the tokenizer of a backbone; raises :class:`ConfigError` where it has none."""
+    """Return the tokenizer of a backbone, which begins a text as its files say.
+
+    Raises:
+        ConfigError: where it has none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(_place(backbone), **_NEVER_CODE)
+        heed_bos(tokenizer, _place(backbone))
     except Exception as error:  # as above
         raise ConfigError(
             f"{backbone} has no tokenizer that can be read ({_one_line(error)}): save it beside the model with "
@@ -121,6 +129,8 @@ def load_decoder(backbone: str) -> nn.Module:
     config = read_config(backbone)
     if not _known(AutoModelForCausalLM, config):
         raise UnsupportedModelError(f"{backbone} ({config.model_type}) is no decoder: it cannot answer by prompt")
+    if config.model_type in MODEL_TYPES and getattr(config, "quantization_config", None):
+        return load_model(_place(backbone), dtype=torch.float32)  # transformers may take the wrong scales
     model, drawn = _load(AutoModelForCausalLM, backbone, config)
     if not _is_causal(model):
         raise UnsupportedModelError(

@@ -12,10 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from joyai_releases import write_published
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_layers import MtpModel
 
 from pyra.backbones import joyai
 from pyra.backbones.joyai_checkpoint import (
@@ -32,45 +34,6 @@ from pyra.errors import CheckpointError, ConfigError, OutputError
 
 GB = 10**9
 NORM = "model.layers.1.input_layernorm.weight"
-
-
-def published_state(config: joyai.JoyAIConfig) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as it is published, by name: random, a matrix an expert."""
-    state: dict[str, Tensor] = {}
-    for name, value in joyai.JoyAIForCausalLM(config).state_dict().items():
-        if name.endswith(".experts.gate_up_proj"):
-            for index, (gate, up) in enumerate(part.chunk(2) for part in value):
-                stem = name.replace("gate_up_proj", str(index))
-                state |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
-        elif name.endswith(".experts.down_proj"):
-            state |= {name.replace("down_proj", f"{i}.down_proj.weight"): part for i, part in enumerate(value)}
-        else:
-            state[name] = value
-    for offset, layer in enumerate(joyai.mtp_layers(config)):
-        prefix = f"model.layers.{config.num_hidden_layers + offset}."
-        for name, value in layer.state_dict().items():
-            renamed = name.replace("mtp_block.", "").replace("post_norm.", "shared_head.norm.")
-            state[prefix + renamed.replace("attention_layershared_head.norm", "attention_layernorm")] = value
-        state[f"{prefix}embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
-    generator = torch.Generator().manual_seed(0)
-    return {name: 0.2 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
-
-
-def write_published(folder: Path, config: joyai.JoyAIConfig, **told: Any) -> Path:
-    """Write a checkpoint as it is published: a shard a layer, one for the MTP layer, an index."""
-    folder.mkdir()
-    shards: dict[str, dict[str, Tensor]] = {}
-    for name, value in published_state(config).items():
-        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
-        mtp = layer >= config.num_hidden_layers
-        file = "model-mtp.safetensors" if mtp else f"model-{layer + 1}-of-{config.num_hidden_layers}.safetensors"
-        shards.setdefault(file, {})[name] = value.contiguous()
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({**config.to_dict(), **told}))
-    return folder
 
 
 @pytest.fixture
@@ -180,6 +143,19 @@ def test_drafting_by_the_dense_mtp_layer_is_greedy_decoding(published: Path) -> 
         for asked in (False, True)
     )
     assert torch.equal(greedy, drafted)
+
+
+def test_the_mtp_layer_that_drafts_is_dense_and_holds_the_published_weights(published: Path) -> None:
+    drafting = MtpModel.from_pretrained(load_model(published))
+    (layer,) = drafting.layers
+    stem, file = "model.layers.4.", load_file(published / MTP)
+    held = {
+        "mlp.gate_proj.weight": layer.mtp_block.mlp.gate_proj.weight,
+        "self_attn.o_proj.weight": layer.mtp_block.self_attn.o_proj.weight,
+        "eh_proj.weight": layer.eh_proj.weight,
+        "shared_head.norm.weight": layer.post_norm.weight,
+    }
+    assert all(torch.equal(value, file[stem + name]) for name, value in held.items())
 
 
 def test_implementations_of_experts_agree_with_more_precise_ones(published: Path) -> None:
@@ -352,6 +328,15 @@ def test_a_device_map_names_every_module(published: Path) -> None:
     names = {name for name, _ in model.named_parameters()}
     assert all(any(name.startswith(f"{part}.") for part in placed.device_map) for name in names)
     assert placed.weight_bytes == (sum(value.nbytes for value in model.state_dict().values()),)
+
+
+def test_a_placed_model_runs_as_a_whole_one_does(published: Path, tmp_path: Path) -> None:
+    placed = place([10**6] * 3, configuration=joyai.tiny_config(), dtype="float32")
+    assert set(placed.device_map.values()) == {0, 1, 2}
+    devices = {name: ("cpu", "disk", "cpu")[at] for name, at in placed.device_map.items()}
+    model = load_model(published, device_map=devices, offload_folder=tmp_path / "offloaded")
+    assert {"cpu", "meta"} == {parameter.device.type for parameter in model.parameters()}
+    assert torch.equal(logits(model, tokens()), logits(load_model(published), tokens()))
 
 
 @pytest.mark.parametrize(
