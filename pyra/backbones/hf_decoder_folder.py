@@ -2,7 +2,7 @@
 
 The folder is the plain model's, with re-activation weights among the others and the merging under the key
 ``pyra_prompts`` of ``config.json``. ``from_pretrained`` of transformers' Auto and model classes returns a merging model
-once ``pyra`` is imported; without ``pyra`` it returns the plain one and reports the re-activation weights as unexpected.
+once ``pyra`` is imported; without ``pyra`` it returns the plain one and reports re-activation weights as unexpected.
 A model class asked for a name on the hub returns the plain model too: there the Auto classes know the configuration.
 """
 
