@@ -146,6 +146,8 @@ class PyraConfig:
             object.__setattr__(self, "schedule", [int(r) for r in self.schedule])
         if self.rate_range is not None:
             object.__setattr__(self, "rate_range", [float(rate) for rate in self.rate_range])
+        if isinstance(self.size_bias, (list, tuple)):
+            object.__setattr__(self, "size_bias", [int(layer) for layer in self.size_bias])
         if self.keep is not None:
             object.__setattr__(self, "keep", {int(layer): float(share) for layer, share in self.keep.items()})
 

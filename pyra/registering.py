@@ -17,7 +17,7 @@ from types import ModuleType
 
 _THEIRS = "transformers"
 _AUTO = "transformers.models.auto.configuration_auto"
-_OURS = ("pyra.export.auto", "pyra.backbones.joyai")
+_OURS = ("pyra.export.auto", "pyra.backbones.joyai", "pyra.backbones.hf_decoder_folder")
 
 
 def register_with_transformers() -> None:

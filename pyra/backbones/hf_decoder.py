@@ -7,7 +7,6 @@ SmolLM2-135M without training), so a rate is reached by one.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from pyra.backbones.hf_decoder_inputs import generate, spread_hidden_states, tell_layers, tell_prompt
+from pyra.backbones.hf_decoder_folder import prepare_saving, restore_saving
+from pyra.backbones.hf_decoder_generate import prepare_generation, restore_generation
+from pyra.backbones.hf_decoder_inputs import spread_hidden_states, tell_layers, tell_prompt
 from pyra.backbones.hf_decoder_layer import MergingDecoderLayer
 from pyra.backbones.layers import class_of, linear_macs
 from pyra.config import PyraConfig
@@ -85,7 +86,9 @@ def prepare(model: nn.Module, outer: nn.Module) -> None:
     if outer is not model:
         outer.register_forward_pre_hook(tell_prompt, with_kwargs=True)
     if hasattr(outer, "generate"):
-        outer.generate = functools.partial(generate, outer)  # type: ignore[assignment]
+        prepare_generation(outer)
+    if hasattr(outer, "save_pretrained"):
+        prepare_saving(outer, model)
 
 
 def restore(model: nn.Module, outer: nn.Module) -> None:
@@ -95,7 +98,8 @@ def restore(model: nn.Module, outer: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if hook in (tell_layers, tell_prompt, spread_hidden_states)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    outer.__dict__.pop("generate", None)
+    restore_generation(outer)
+    restore_saving(outer)
 
 
 def patch_grid(_model: nn.Module) -> None:
@@ -221,8 +225,7 @@ def _solved(sizes: Geometry, rate: float, config: PyraConfig) -> list[int]:
     if not rate:
         return [0] * sizes.depth
     if config.rule == "bipartite":  # a layer halves at most: the published way, a little in every layer
-        found = solve_schedule(_halving(sizes), rate=rate)
-        return [*found[:-1], 0] if _saves([*found[:-1], 0], sizes, rate) else found
+        return _solved_in_all(sizes, rate)
     if config.preset == "safe":
         places = [_safe_layer(sizes)]
     else:  # (1 - rate) / 2 of the prompt stays, which asks for a share 2 rate / (1 + rate) of the layers behind
@@ -238,8 +241,25 @@ def _solved(sizes: Geometry, rate: float, config: PyraConfig) -> list[int]:
     reached = 1 - geometry_macs(sizes, most) / geometry_macs(sizes)
     raise ScheduleError(
         f"merging after layer {places[-1]} can save at most {reached:.3f} of this model's MACs at prompts of "
-        f"{sizes.tokens} tokens, asked for {rate:.3f}" + ("; preset='fast' merges earlier" if len(places) == 1 else "")
+        f"{sizes.tokens} tokens, asked for {rate:.3f}"
+        + ("; preset='fast' merges earlier" if config.preset == "safe" and places[-1] else "")
     )
+
+
+def _solved_in_all(sizes: Geometry, rate: float) -> list[int]:
+    """Return what halves step by step and saves enough without a merge in the last layer."""
+    asked, step = rate, 0.005
+    while asked < 1:
+        try:
+            found = [*solve_schedule(_halving(sizes), rate=asked)[:-1], 0]
+        except ScheduleError:
+            if asked == rate:
+                raise
+            break
+        if _saves(found, sizes, rate):
+            return found
+        asked += step
+    raise ScheduleError(f"pairs before the last layer cannot save {rate:.3f} of this model's MACs: ask for less")
 
 
 def _least(sizes: Geometry, layer: int, rate: float) -> list[int] | None:
@@ -266,6 +286,9 @@ def _halving(sizes: Geometry) -> Geometry:
 
 
 def _check(found: list[int], sizes: Geometry, config: PyraConfig) -> None:
+    named = config.size_bias if isinstance(config.size_bias, (list, tuple)) else []
+    if named and max(named) >= sizes.depth:
+        raise ConfigError(f"size_bias names layer {max(named)}: the model has layers 0 to {sizes.depth - 1}")
     check_schedule(found, _halving(sizes) if config.rule == "bipartite" else sizes)
     if any(found[-1:]):
         raise ScheduleError(

@@ -18,7 +18,8 @@ class PromptLayer(DynamicLayer):
     Attributes:
         size: [B, K] int32 words that each key stands for, 0 for padding.
         padded: whether some key is padding.
-        prompt: keys that hold the longest merged prompt of the batch, padding included.
+        prompt: keys that hold the longest merged prompt of the batch, padding included, less its end, where nothing
+            merges: those tokens can be read again.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -28,8 +28,8 @@ from pyra.prompt_matching import FIRST, LAST
 _IGNORED = -100  # label of a token that no loss is taken of
 _HOW_TO_TELL = (
     "this model merges the tokens of prompts, and this forward does not say where they end: give prompt_mask=[B, N] "
-    "(true on the prompt), labels that are -100 on the prompt, or call generate(); pyra.unwrap(model) or rate 0 runs "
-    "it as it was"
+    "(true on the prompt), labels that are -100 on the prompt (Trainer's label smoothing and compute_loss_func keep "
+    "labels from the model), or call generate(); pyra.unwrap(model) or rate 0 runs it as it was"
 )
 
 
@@ -89,6 +89,12 @@ def tell_layers(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise ConfigError(f"merging takes an attention mask [B, N], this one is {list(attended.shape)}")
     if cache is not None and not isinstance(cache, Cache):
         raise ConfigError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}")
+    routed = given.get("output_router_logits")
+    if getattr(core.config, "output_router_logits", False) if routed is None else routed:
+        raise ConfigError(
+            "output_router_logits: the loss that is taken of them expects a row a token, and merged tokens have none "
+            "of their own; leave it out"
+        )
     present = _present(attended, tokens)
     if cache is not None and cache.get_seq_length():
         _refuse_foreign(cache, mask, first, depth)
@@ -177,7 +183,10 @@ def _told(mask: Any, present: Tensor, tokens: Tensor, positions: Any) -> Tokens:
             "instead of packing: packing=False, padding_free=False)"
         )
     if hole or earlier:
-        raise ConfigError("prompt_mask must be true on one run of tokens a row, from its first token on")
+        raise ConfigError(
+            "prompt_mask must be true on one run of tokens a row, from its first token on, and a prompt must hold no "
+            "padding"
+        )
     if shortest <= FIRST + LAST:
         warnings.warn(
             f"prompts of at most {FIRST + LAST} tokens stay as they are: the first and the last {LAST} never merge",
@@ -193,28 +202,3 @@ def _caches(core: Any, given: dict[str, Any]) -> bool:
 
 def _checkpoints(core: Any) -> bool:
     return bool(getattr(core, "gradient_checkpointing", False))
-
-
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Generate as the model's class does, but for what merging does not go with.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    asked = kwargs.get("generation_config") or model.generation_config
-    told = {name: kwargs.get(name, getattr(asked, name, None)) for name in _REFUSED}
-    problems = [f"{name}={told[name]!r}: {why}" for name, (wrong, why) in _REFUSED.items() if wrong(told[name])]
-    if problems:
-        raise ConfigError("a model that merges prompts does not generate so: " + "; ".join(problems))
-    return type(model).generate(model, *args, **kwargs)
-
-
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "use_mtp": (bool, "the layer that drafts reads every token; leave it out"),
-    "use_cache": (lambda value: value is False, "the prompt would merge anew for every token; leave it out"),
-    "prefill_chunk_size": (lambda value: value is not None, "a prompt merges as a whole; leave it out"),
-    "cache_implementation": (
-        lambda value: value not in (None, "dynamic", "dynamic_full", "offloaded"),
-        "merged prompts are kept in a dynamic cache; leave it out",
-    ),
-}

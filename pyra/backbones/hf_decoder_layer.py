@@ -24,7 +24,7 @@ from pyra.attention import augmented
 from pyra.backbones.hf_decoder_cache import PromptLayer
 from pyra.backbones.layers import KeyReader, MergingLayer, refuse_reentrant
 from pyra.merging import spread
-from pyra.prompt_matching import PromptPlan, match_prompt, prompt_importance, prompt_pairs, tokens_to_remove
+from pyra.prompt_matching import LAST, PromptPlan, match_prompt, prompt_importance, prompt_pairs, tokens_to_remove
 from pyra.prompt_merging import merge_prompt
 
 ATTENTION = "pyra_prompt"
@@ -159,7 +159,7 @@ class MergingDecoderLayer(MergingLayer):
         assert held is None or isinstance(held, PromptLayer)
         size = stream.size[..., 0]
         if held is not None and told.prompt is not None:
-            held.remember(size, stream.padded, size.shape[1] - told.after)
+            held.remember(size, stream.padded, max(size.shape[1] - told.after - LAST + 1, 0))
         elif held is not None:
             held.extend(told.present, told.padded)
         if stream.seen is not None:
@@ -175,7 +175,8 @@ class MergingDecoderLayer(MergingLayer):
             past_key_values=None if held is None else Cache(layers=[held]),
         )
         if stream.places is not None:
-            rotary = tuple(_rows(table, stream.places) for table in rotary)
+            one = isinstance(rotary, Tensor)  # DeepSeek-V2's complex table
+            rotary = _rows(rotary, stream.places) if one else tuple(_rows(table, stream.places) for table in rotary)
         return replace(stream, seen=Seen(mask, rotary, size))
 
     def _merged(
@@ -189,10 +190,9 @@ class MergingDecoderLayer(MergingLayer):
             places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
             stream = PromptStream(tokens, size, places, told.prompt, torch.zeros_like(told.lengths), told.padded)
         plan = self._plan(stream, attention, told.lengths)
+        weights = getattr(self, "reactivation", None) if self.step.config.reactivation else None
         if not plan.plan.removed and not plan.front:
-            return replace(stream, tokens=tokens)
-        config = self.step.config
-        weights = getattr(self, "reactivation", None) if config.reactivation else None
+            return replace(stream, tokens=_with_gradients(tokens, weights))
         tokens, size = merge_prompt(tokens, stream.size, plan, weights)
         map_of = plan.plan.source_map()
         assert stream.places is not None and stream.prompt is not None and stream.gone is not None
@@ -308,6 +308,13 @@ def _biased(mask: Tensor | None, bias: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(bias.dtype).min)
     return mask + bias
+
+
+def _with_gradients(tokens: Tensor, weights: nn.Module | None) -> Tensor:
+    """Give weights that a forward has no use for gradients of zero: data parallel training waits for them."""
+    if weights is None or not (weights.training and torch.is_grad_enabled()):
+        return tokens
+    return tokens + sum(parameter.sum() for parameter in weights.parameters()).to(tokens) * 0  # type: ignore[union-attr]
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:

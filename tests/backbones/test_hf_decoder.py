@@ -433,7 +433,7 @@ def test_a_prefix_read_elsewhere_is_refused_and_so_is_cropping_into_a_prompt() -
     read.crop(-10)
     assert read.layers[0].get_seq_length() == PROMPT
     with pytest.raises(ConfigError, match="reach into the prompt"):
-        read.crop(-1)
+        read.crop(-LAST)
     with pytest.raises(ConfigError, match="prompt_mask goes with an empty cache"):
         model(tokens[:, :3], past_key_values=read, prompt_mask=prompt_mask(tokens[:, :3]))
 
