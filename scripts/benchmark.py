@@ -301,8 +301,9 @@ def _decoder(arguments: Sequence[str]) -> int:
         ),
     )
     _start(options)
-    from pyra.tasks.benchmarks.decoder import decoder_rows, summary
+    from pyra.tasks.benchmarks.decoder import decoder_rows
     from pyra.tasks.benchmarks.decoder_subject import check_options
+    from pyra.tasks.benchmarks.decoder_table import summary
 
     check_options(options)
     return _finish(decoder_rows(options), options, summary)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria
 
@@ -24,7 +23,8 @@ from pyra.backbones.hf_decoder_cache import key_value_bytes
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError
 from pyra.tasks.benchmarks.decoder_options import PUBLISHED, STOCK, DecoderOptions
-from pyra.tasks.benchmarks.decoder_subject import merging_models, prompts, sharing_copy, stock_model
+from pyra.tasks.benchmarks.decoder_subject import merging_models, model_config, prompts, sharing_copy, stock_model
+from pyra.tasks.benchmarks.decoder_table import ANSWER, CACHE, FIRST_TOKEN, PEAK, PREFILL
 from pyra.tasks.benchmarks.processes import in_fresh_process, peak_above_loaded
 from pyra.tasks.benchmarks.rows import Row
 from pyra.tasks.quiet import quiet_libraries
@@ -34,7 +34,6 @@ PREFILL_GOAL, CACHE_GOAL = 1.6, 0.62  # at rate 0.5 and prompts of 1k to 8k toke
 _AGREE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the length of the logits
 _WARM = 32  # tokens read before memory is measured
 _CHECKED = 256  # tokens of the prompts that are compared
-_PREFILL, _FIRST, _ANSWER, _CACHE, _PEAK = "prefill", "first token", "answer", "key-value cache", "peak of a prefill"
 
 
 def check(models: Mapping[str, nn.Module], ids: Tensor, options: DecoderOptions) -> None:
@@ -63,7 +62,7 @@ def check(models: Mapping[str, nn.Module], ids: Tensor, options: DecoderOptions)
 def decoder_rows(options: DecoderOptions) -> list[Row]:
     """Check, then measure every length of prompt."""
     models = merging_models(stock_model(options), options)
-    texts, said = prompts(options, models[STOCK].config.vocab_size)
+    texts, said = prompts(options, model_config(options).vocab_size)
     check(models, next(iter(texts.values()))[:, :_CHECKED], options)
     rows = []
     for tokens, ids in texts.items():
@@ -84,11 +83,11 @@ class _Case:
     def rows(self) -> list[Row]:
         """Return five rows a model: three times, and two sizes."""
         jobs = {name: partial(_prefill, model, self.ids) for name, model in self.models.items()}
-        measured = {_PREFILL: spreads(jobs, self.options.rounds, device=self.options.device)}
+        measured = {PREFILL: spreads(jobs, self.options.rounds, device=self.options.device)}
         measured |= self._answers()
-        measured[_CACHE] = {name: _once(key_value_bytes(job().past_key_values)) for name, job in jobs.items()}
+        measured[CACHE] = {name: _once(key_value_bytes(job().past_key_values)) for name, job in jobs.items()}
         if self.options.memory:
-            measured[_PEAK] = {name: _once(self._peak(name)) for name in self.models}
+            measured[PEAK] = {name: _once(self._peak(name)) for name in self.models}
         return [self._row(name, what, found) for name in self.models for what, found in measured.items()]
 
     def _answers(self) -> dict[str, dict[str, Spread]]:
@@ -104,8 +103,8 @@ class _Case:
                     rest = clock.stamps[-1] - clock.stamps[1]
                     speed[name].append(len(self.ids) * (len(clock.stamps) - 2) / rest)
         return {
-            _FIRST: {name: spread_of(values) for name, values in first.items()},
-            _ANSWER: {name: spread_of(values) for name, values in speed.items()},
+            FIRST_TOKEN: {name: spread_of(values) for name, values in first.items()},
+            ANSWER: {name: spread_of(values) for name, values in speed.items()},
         }
 
     def _peak(self, name: str) -> int:
@@ -120,7 +119,7 @@ class _Case:
         tokens = self.ids.shape[1]
         goal = _GOALS.get(what) if self._promised(name) else None
         saved = macs(self.models[STOCK], input_size=tokens) / macs(self.models[name], input_size=tokens)
-        share = " share" if what in (_CACHE, _PEAK) else ""
+        share = " share" if what in (CACHE, PEAK) else ""
         return Row(
             measured=f"{what}, {tokens} tokens",
             implementation=name
@@ -135,7 +134,7 @@ class _Case:
             ratios={} if name == STOCK else {f"{STOCK}{share}": ratio},
             goal=goal,
             reached=None if goal is None else ratio <= goal if share else ratio >= goal,
-            detail=f"MACs ratio {saved:.2f}; {self.said}" if what == _PREFILL else "",
+            detail=f"MACs ratio {saved:.2f}; {self.said}" if what == PREFILL else "",
         )
 
     def _promised(self, name: str) -> bool:
@@ -144,13 +143,13 @@ class _Case:
 
 
 _UNITS = {
-    _PREFILL: (1e3, "ms"),
-    _FIRST: (1e3, "ms"),
-    _ANSWER: (1.0, "tokens/s"),
-    _CACHE: (1e-6, "MB"),
-    _PEAK: (1e-6, "MB"),
+    PREFILL: (1e3, "ms"),
+    FIRST_TOKEN: (1e3, "ms"),
+    ANSWER: (1.0, "tokens/s"),
+    CACHE: (1e-6, "MB"),
+    PEAK: (1e-6, "MB"),
 }
-_GOALS = {_PREFILL: PREFILL_GOAL, _CACHE: CACHE_GOAL}
+_GOALS = {PREFILL: PREFILL_GOAL, CACHE: CACHE_GOAL}
 
 
 class _Clock(StoppingCriteria):
@@ -161,7 +160,7 @@ class _Clock(StoppingCriteria):
         self.stamps: list[float] = []
         self._note()
 
-    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         """Note a token."""
         self._note()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -198,26 +197,3 @@ def shown(options: DecoderOptions) -> str:
     if options.layers is not None:
         return f"{options.backbone}, {options.layers} layers"
     return options.backbone if options.backbone == PUBLISHED else Path(options.backbone).name
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Return a table of one line a length and model, instead of the rows."""
-    lines: dict[tuple[int, str], dict[str, str]] = {}
-    for row in rows:
-        what, _, length = row.measured.rpartition(", ")
-        ratio, share = row.ratios.get(STOCK), row.ratios.get(f"{STOCK} share")
-        missed = "" if row.reached is not False else " (goal missed)"
-        line = lines.setdefault((int(length.split()[0]), row.implementation), {})
-        line[what] = f"{row.p50:.4g} {row.unit}"
-        if ratio is not None or share is not None:
-            line[f"/ {what}"] = (f"{ratio:.2f} x" if ratio is not None else f"{share:.2f}") + missed
-        if what == _PREFILL:
-            line["MACs"] = row.detail.split(";")[0].split()[-1] + " x"
-    columns = list(dict.fromkeys(key for line in lines.values() for key in line))
-    columns.sort(key=lambda name: _ORDER.index(name.removeprefix("/ ")))
-    body = [[tokens, ran, *(line.get(name, "") for name in columns)] for (tokens, ran), line in lines.items()]
-    head = ["prompt", "ran", *(f"/ {STOCK}" if name.startswith("/ ") else name for name in columns)]
-    return tabulate(body, headers=head, disable_numparse=True)
-
-
-_ORDER = (_PREFILL, "MACs", _FIRST, _ANSWER, _CACHE, _PEAK)
