@@ -306,7 +306,9 @@ def _decoder(arguments: Sequence[str]) -> int:
     from pyra.tasks.benchmarks.decoder_table import summary
 
     check_options(options)
-    return _finish(decoder_rows(options), options, summary)
+    rows = decoder_rows(options)
+    named = {"backbone": Path(options.backbone).name, "data": options.data and Path(options.data).name}
+    return _finish(rows, replace(options, **named), summary)  # paths are of this machine
 
 
 def _input(arguments: Sequence[str]) -> int:

@@ -86,6 +86,10 @@ def test_text_rules_and_bfloat16(folder: Path, tmp_path: Path) -> None:
     usual = ["--prompt-tokens", "64", "--no-memory"]
     rows = run(folder, tmp_path / "a.json", *usual, "--data", str(text), "--dtype", "bfloat16", "--rule", "truncate")
     assert rows[0]["detail"].endswith("text of text.txt") and len(rows) == 12
+    assert (
+        str(tmp_path) not in (tmp_path / "a.json").read_text()
+        and str(folder.parent) not in (tmp_path / "a.json").read_text()
+    )
     assert [row["implementation"] for row in rows[::4]] == ["rate 0", "rate 0.5, truncate", "rate 0.75, truncate"]
     rows = run(
         folder, tmp_path / "b.json", *usual, "--data", str(lines), "--keep", "2:0.7,3:0.5", "--rule", "bipartite"
