@@ -307,8 +307,8 @@ def _decoder(arguments: Sequence[str]) -> int:
 
     check_options(options)
     rows = decoder_rows(options)
-    named = {"backbone": Path(options.backbone).name, "data": options.data and Path(options.data).name}
-    return _finish(rows, replace(options, **named), summary)  # paths are of this machine
+    folder, text = Path(options.backbone).name, options.data and Path(options.data).name  # not where they lie here
+    return _finish(rows, replace(options, backbone=folder, data=text), summary)
 
 
 def _input(arguments: Sequence[str]) -> int:
