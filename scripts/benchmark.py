@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels": _kernels,
         "adapters": _adapters,
         "experts": _experts,
+        "decoder": _decoder,
         "input": _input,
         "exports": _exports,
         "serve": _serve,
@@ -156,8 +157,9 @@ def _model(arguments: Sequence[str]) -> int:
         description=(
             "Measure speed and memory against the unwrapped model in one run. 'pyra benchmark kernels' measures the\n"
             "merging step alone, 'pyra benchmark adapters' loading, switching and elastic training, 'pyra benchmark\n"
-            "experts' LoRA on routed experts, 'pyra benchmark input' images on their way to a training step, 'pyra\n"
-            "benchmark exports' ONNX in its runtimes, 'pyra benchmark serve' a server under load; each has a --help."
+            "experts' LoRA on routed experts, 'pyra benchmark decoder' language models that merge their prompts,\n"
+            "'pyra benchmark input' images on their way to a training step, 'pyra benchmark exports' ONNX in its\n"
+            "runtimes, 'pyra benchmark serve' a server under load; each has a --help."
         ),
         example=(
             "pyra benchmark model --backbone vit_base_patch16_224 --batch-size 16\n"
@@ -278,6 +280,35 @@ def _experts(arguments: Sequence[str]) -> int:
         ("peak memory", lambda: memory_rows(mixture)),
     ]
     return _finish(_run(stages), options)
+
+
+def _decoder(arguments: Sequence[str]) -> int:
+    from pyra.tasks.benchmarks.decoder_options import DecoderOptions
+
+    options = _options(
+        DecoderOptions,
+        arguments,
+        "decoder",
+        description=(
+            "Read prompts and answer them with a language model that merges them, and as it is, in turns: time of the\n"
+            "prefill and of the first token, speed of the answer, bytes of the cache, peak memory above the loaded\n"
+            "model ('/ rate 0': how many times faster, or which share). First answers from the cache are compared\n"
+            "with those of one forward: where they differ nothing is timed."
+        ),
+        example=(
+            "pyra benchmark decoder --backbone FOLDER --prompt-tokens 512,1024,2048 --rate 0,0.5,0.75\n"
+            "  pyra benchmark decoder --backbone joyai-llm-flash --device cuda --dtype bfloat16"
+        ),
+    )
+    _start(options)
+    from pyra.tasks.benchmarks.decoder import decoder_rows
+    from pyra.tasks.benchmarks.decoder_subject import check_options
+    from pyra.tasks.benchmarks.decoder_table import summary
+
+    check_options(options)
+    rows = decoder_rows(options)
+    folder, text = Path(options.backbone).name, options.data and Path(options.data).name  # not where they lie here
+    return _finish(rows, replace(options, backbone=folder, data=text), summary)
 
 
 def _input(arguments: Sequence[str]) -> int:
@@ -407,13 +438,13 @@ def _start(options: Any) -> Any:
     return device
 
 
-def _finish(rows: list[Any], options: Any) -> int:
+def _finish(rows: list[Any], options: Any, show: Callable[[list[Any]], str] | None = None) -> int:
     from pyra.tasks.benchmarks.rows import table, write_rows
     from pyra.tasks.results import environment
 
     here = environment(options.device)
     rows = [replace(row, environment=here) for row in rows]
-    print(table(rows))
+    print((show or table)(rows))
     settings = {name: value for name, value in asdict(options).items() if name != "output"}  # a path of this machine
     write_rows(options.output, rows, settings)
     print(f"\n{len(rows)} rows in {options.output} ({here['device']}, torch {here['torch']})")

@@ -38,6 +38,10 @@ class PromptLayer(DynamicLayer):
         self.size = torch.cat([self.size, present.to(self.size)], dim=1)
         self.padded = self.padded or padded
 
+    def follow(self, size: Tensor, padded: bool) -> None:
+        """Note that further keys follow, as another layer behind the same merge has noted: ``size`` [B, K]."""
+        self.size, self.padded = size, self.padded or padded
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens away."""
         left = self.get_seq_length() - abs(tokens_to_remove)

@@ -59,11 +59,14 @@ class Seen:
         mask: what transformers makes for the attention function.
         rotary: cosines and sines of the tokens that are left.
         size: [B, K] words of each key.
+        bias: [B, 1, 1, K] their logarithm, float32; 0 for padding, which the mask leaves out. None where no layer
+            adds it.
     """
 
     mask: Any
     rotary: Any
     size: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -114,16 +117,16 @@ class MergingDecoderLayer(MergingLayer):
         stream = None if isinstance(hidden_states, Tensor) else hidden_states
         tokens: Tensor = hidden_states if isinstance(hidden_states, Tensor) else hidden_states.tokens
         merging = self.merges and pyra_tokens is not None and pyra_tokens.prompt is not None
-        size = None
+        bias = None
         if stream is not None and pyra_tokens is not None:
             stream = self._with_seen(stream, pyra_tokens, past_key_values, position_embeddings)
             assert stream.seen is not None
             attention_mask, position_embeddings = stream.seen.mask, stream.seen.rotary
             position_ids = None  # with gaps in it, flash attention would take one sequence for several
-            size = stream.seen.size if self.step.layer in self.biased else None
+            bias = stream.seen.bias if self.step.layer in self.biased else None
         attention: Any = self.self_attn
-        if merging or size is not None:
-            attention = AttentionReader(self.self_attn, size, keep=merging)  # type: ignore[arg-type]
+        if merging or bias is not None:
+            attention = AttentionReader(self.self_attn, bias, keep=merging)  # type: ignore[arg-type]
         attended, *_ = attention(
             hidden_states=self.input_layernorm(tokens),  # type: ignore[operator]
             attention_mask=attention_mask,
@@ -160,6 +163,8 @@ class MergingDecoderLayer(MergingLayer):
         size = stream.size[..., 0]
         if held is not None and told.prompt is not None:
             held.remember(size, stream.padded, max(size.shape[1] - told.after - LAST + 1, 0))
+        elif held is not None and stream.seen is not None:
+            held.follow(stream.seen.size, told.padded)
         elif held is not None:
             held.extend(told.present, told.padded)
         if stream.seen is not None:
@@ -177,7 +182,8 @@ class MergingDecoderLayer(MergingLayer):
         if stream.places is not None:
             one = isinstance(rotary, Tensor)  # DeepSeek-V2's complex table
             rotary = _rows(rotary, stream.places) if one else tuple(_rows(table, stream.places) for table in rotary)
-        return replace(stream, seen=Seen(mask, rotary, size))
+        bias = size.clamp(min=1).log()[:, None, None] if self.biased else None
+        return replace(stream, seen=Seen(mask, rotary, size, bias))
 
     def _merged(
         self, stream: PromptStream | None, tokens: Tensor, attention: AttentionReader, told: Tokens
@@ -236,14 +242,14 @@ class AttentionReader(KeyReader):
 
     Args:
         attention: of transformers.
-        size: [B, K] words that each key stands for, whose logarithm joins the scores; None adds nothing.
+        bias: [B, 1, 1, K] that joins the scores; None adds nothing.
         keep: keep queries and keys.
     """
 
-    def __init__(self, attention: nn.Module, size: Tensor | None, keep: bool) -> None:
+    def __init__(self, attention: nn.Module, bias: Tensor | None, keep: bool) -> None:
         super().__init__(attention)
         self.config = _ReadConfig(attention.config)
-        self._size, self._wanted = size, keep
+        self._bias, self._wanted = bias, keep
         self._read: tuple[Tensor, Tensor] | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -253,9 +259,9 @@ class AttentionReader(KeyReader):
         name: str = self.config.read._attn_implementation
         eager = getattr(sys.modules[type(self._attention).__module__], "eager_attention_forward", None)
         run = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-        if self._size is None:
+        bias = self._bias
+        if bias is None:
             return run(self, query, key, value, mask, **kwargs)
-        bias = self._size.clamp(min=1).log()[:, None, None]  # [B, 1, 1, K]; padding is masked as it is
         if name in _MASKED and (mask is not None or query.shape[2] == 1):
             return run(self, query, key, value, _biased(mask, bias.to(query.dtype)), **kwargs)
         query, key, wide = augmented(query, key, value, bias, kwargs["scaling"])

@@ -23,7 +23,7 @@ class Row:
         implementation: what ran, such as ``"triton"`` or ``"merged"``.
         backbone: timm name whose shapes were taken, or the sizes of a language model.
         image_size: image side in pixels; 0 for a language model.
-        batch_size: images, or tokens of a language model.
+        batch_size: images, prompts of a decoder, or tokens of an expert layer.
         dtype: of the tensors.
         unit: of the three quantiles: ``"us"``, ``"ms"``, ``"images/s"``, ``"s"``, ``"GB"``.
         p20, p50, p80: quantiles of the repeats; equal where a quantity is measured once.

@@ -48,7 +48,7 @@ def test_rows_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["engines"], "measures model, kernels, adapters, experts, input, exports, serve, not 'engines'"),
+        (["engines"], "measures model, kernels, adapters, experts, decoder, input, exports, serve, not 'engines'"),
         (["kernels", "--rounds", "0"], "--rounds must be at least 1"),
         (["kernels", "--batch-sizes", "0,4"], "--batch-sizes must be at least 1"),
         (["model", "--device", "gpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'gpu'"),
