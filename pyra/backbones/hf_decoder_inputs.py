@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from pyra.backbones.hf_decoder_cache import prepare_cache, remembers
-from pyra.backbones.hf_decoder_layer import PromptStream, Tokens
+from pyra.backbones.hf_decoder_stream import PromptStream, Tokens
 from pyra.backbones.layers import MergingLayer
 from pyra.errors import ConfigError
 from pyra.prompt_matching import FIRST, LAST

@@ -1,101 +1,25 @@
 """A decoder's layer that merges prompts, or stands behind one that does.
 
-No attention code is copied: :class:`AttentionReader` runs the module's own forward and stands between it and the
-attention function, where queries and keys are seen and the sizes of keys join the scores.
-
 Letters: ``B`` batch, ``N`` tokens now, ``N0`` tokens at the first layer, ``K`` keys, ``C`` channels, ``H`` heads.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, Cache
+from transformers import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pyra.attention import augmented
+from pyra.backbones.hf_decoder_attention import AttentionReader, biased_layers
 from pyra.backbones.hf_decoder_cache import PromptLayer
-from pyra.backbones.layers import KeyReader, MergingLayer, refuse_reentrant
-from pyra.merging import spread
+from pyra.backbones.hf_decoder_stream import PromptStream, Seen, Tokens
+from pyra.backbones.layers import MergingLayer, refuse_reentrant
 from pyra.prompt_matching import LAST, PromptPlan, match_prompt, prompt_importance, prompt_pairs, tokens_to_remove
 from pyra.prompt_merging import merge_prompt
-
-ATTENTION = "pyra_prompt"
-"""Name of the attention function that is read, in transformers' registry."""
-_MASKED = ("sdpa", "eager")  # attention functions that take an additive mask
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the layers are told of the tokens of a forward.
-
-    Attributes:
-        present: [B, N] true on what is no padding.
-        prompt: [B, N] true on prompts that are to merge; None where a prompt was read before.
-        lengths: [B] tokens of the prompts.
-        padded: whether there is padding.
-        after: tokens that stand behind the longest-reaching prompt of the batch.
-    """
-
-    present: Tensor
-    prompt: Tensor | None = None
-    lengths: Tensor | None = None
-    padded: bool = False
-    after: int = 0
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the attention of the layers up to the next merge is given.
-
-    Attributes:
-        mask: what transformers makes for the attention function.
-        rotary: cosines and sines of the tokens that are left.
-        size: [B, K] words of each key.
-        bias: [B, 1, 1, K] their logarithm, float32; 0 for padding, which the mask leaves out. None where no layer
-            adds it.
-    """
-
-    mask: Any
-    rotary: Any
-    size: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class PromptStream:
-    """What passes between layers behind a merge.
-
-    Attributes:
-        tokens: [B, N, C].
-        size: [B, N, 1] int32 words each token stands for, 0 for padding.
-        places: [B, N] place of each token among the original ones; a merged token has that of its destination.
-        prompt: [B, N] true on what is left of the prompts.
-        gone: [B] tokens that each prompt has lost.
-        padded: whether there is padding.
-        source_map: [B, N0] row that holds each original token; None while that is its own.
-        seen: None until a layer has made it.
-    """
-
-    tokens: Tensor
-    size: Tensor
-    places: Tensor | None = None
-    prompt: Tensor | None = None
-    gone: Tensor | None = None
-    padded: bool = False
-    source_map: Tensor | None = None
-    seen: Seen | None = None
-
-    def spread(self) -> Tensor:
-        """Return [B, N0, C]: for each original token the one that holds it."""
-        return self.tokens if self.source_map is None else spread(self.tokens, self.source_map)
 
 
 class MergingDecoderLayer(MergingLayer):
@@ -235,85 +159,6 @@ class MergingDecoderLayer(MergingLayer):
     def extra_repr(self) -> str:
         """Return what is shown in ``print(model)``."""
         return f"keep={self.step.share:.3f}" if self.merges else ""
-
-
-class AttentionReader(KeyReader):
-    """Stands in for an attention module during one call, between it and the attention function that it looks up.
-
-    Args:
-        attention: of transformers.
-        bias: [B, 1, 1, K] that joins the scores; None adds nothing.
-        keep: keep queries and keys.
-    """
-
-    def __init__(self, attention: nn.Module, bias: Tensor | None, keep: bool) -> None:
-        super().__init__(attention)
-        self.config = _ReadConfig(attention.config)
-        self._bias, self._wanted = bias, keep
-        self._read: tuple[Tensor, Tensor] | None = None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        """Run the module's attention function; arguments as transformers gives them."""
-        if self._wanted:
-            self._read = query, key
-        name: str = self.config.read._attn_implementation
-        eager = getattr(sys.modules[type(self._attention).__module__], "eager_attention_forward", None)
-        run = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-        bias = self._bias
-        if bias is None:
-            return run(self, query, key, value, mask, **kwargs)
-        if name in _MASKED and (mask is not None or query.shape[2] == 1):
-            return run(self, query, key, value, _biased(mask, bias.to(query.dtype)), **kwargs)
-        query, key, wide = augmented(query, key, value, bias, kwargs["scaling"])
-        mixed, *rest = run(self, query, key, wide, mask, **kwargs)
-        return mixed[..., : value.shape[-1]], *rest
-
-    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
-        """Return those of the call, rotated: [B, H, N, d] and [B, G, N, d]."""
-        if self._read is None:
-            raise RuntimeError(f"{type(self._attention).__name__} does not look its attention function up")
-        return self._read
-
-
-class _ReadConfig:
-    """The configuration of an attention, but for the attention function that it names."""
-
-    _attn_implementation = ATTENTION
-
-    def __init__(self, config: Any) -> None:
-        self.read = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.read, name)
-
-
-def _attend(module: AttentionReader, *args: Any, **kwargs: Any) -> Any:
-    return module.attend(*args, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, _attend)
-
-
-def biased_layers(config: Any, depth: int) -> tuple[int, ...]:
-    """Return the layers whose attention adds the logarithm of the sizes of keys.
-
-    Without a word in the configuration: those of the second half, in which it helped (the others it hurt).
-    """
-    if not config.proportional_attention:
-        return ()
-    if isinstance(config.size_bias, bool):
-        return tuple(range(depth)) if config.size_bias else ()
-    if config.size_bias is None:
-        return tuple(range(math.ceil(depth / 2), depth))
-    return tuple(config.size_bias)
-
-
-def _biased(mask: Tensor | None, bias: Tensor) -> Tensor:
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
-    return mask + bias
 
 
 def _with_gradients(tokens: Tensor, weights: nn.Module | None) -> Tensor:
