@@ -1,0 +1,85 @@
+"""Ways to merge a decoder's prompts side by side, without training; ``python -m pyra.scripts.study_prompts``.
+
+Of each right answer of a task's test split: how much less likely it is, in nats a token, where prompts merge.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pyra.errors import ConfigError
+from pyra.records import option
+from pyra.scripts.cli import parse
+
+if TYPE_CHECKING:
+    from pyra.config import PyraConfig
+
+_SETTINGS = (
+    "rate: 0.5; rate: 0.5, size_bias: true; rate: 0.5, size_bias: false; rate: 0.5, rule: drop; "
+    "rate: 0.5, rule: truncate; rate: 0.5, rule: bipartite; preset: safe"
+)
+
+
+@dataclass(kw_only=True)
+class StudyOptions:
+    """Options of the study."""
+
+    backbone: str = option("", "folder of a decoder, or a name on the hub")
+    task: str = option("copy", "a language task that is answered by prompt")
+    root: str | None = option(None, "folder with a folder of each task's files")
+    data: str | None = option(None, "folder with the task's files themselves")
+    settings: str = option(_SETTINGS, "options of PyraConfig, as YAML without braces; several with ; between them")
+    limit: int = option(16, "test examples (a fixed draw)")
+    batch_size: int = option(1, "examples a forward")
+    device: str = option("auto", "auto, cpu or cuda")
+    output: str = option("prompts.json", "file for the rows")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score under every setting, print a table and write the rows."""
+    options = parse(
+        StudyOptions,
+        argv,
+        prog="python -m pyra.scripts.study_prompts",
+        description="Compare ways to merge prompts by the likelihood of right answers, without training.",
+        example=(
+            "python -m pyra.scripts.study_prompts --backbone models/smollm2 --task copy --data data/gsm8k --limit 16 "
+            "--settings 'rate: 0.5; keep: {20: 0.25}'"
+        ),
+    )
+    if options.limit < 1 or options.batch_size < 1:
+        raise ConfigError("--limit and --batch-size must be at least 1")
+    configs = {text.strip(): _config(text) for text in options.settings.split(";") if text.strip()}
+    from pyra.files import write_json
+    from pyra.tasks.language.prompt_study import study_prompts, study_table
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()
+    found = study_prompts(options.backbone, options.task, options.root, options.data, configs, options)
+    print(study_table(found["rows"]))
+    left_out = ("root", "data", "output")
+    told = {name: value for name, value in asdict(options).items() if name not in left_out}
+    told["backbone"] = Path(options.backbone).name
+    write_json(options.output, {"options": told, **found})
+    print(f"written to {options.output} (nats a token; differences in pairs, with their standard error)")
+    return 0
+
+
+def _config(text: str) -> PyraConfig:
+    from pyra.config import PyraConfig
+
+    try:
+        values: Any = yaml.safe_load(f"{{{text}}}")
+    except yaml.YAMLError:
+        raise ConfigError(f"--settings: {text.strip()!r} is no YAML such as 'rate: 0.5, rule: drop'") from None
+    return PyraConfig.from_dict({"reactivation": False, **values})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
