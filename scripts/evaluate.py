@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _image_run(options: EvaluateOptions) -> int:
+    folder = Path(options.run).expanduser()
+    if (folder / "config.json").is_file() and not (folder / "options.json").is_file():
+        raise ConfigError(f"{options.run} is a model, not a run: pyra evaluate --backbone {options.run} --task NAME")
     known = (*_OF_IMAGES, *_OF_BOTH)
     _refuse(options, [f.name for f in fields(options) if f.name not in known], f"is for language: {options.run} is not")
     from pyra.tasks.evaluation import caution, evaluate_run

@@ -57,6 +57,7 @@ def score_experts(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Exp
 
     Raises:
         UnsupportedModelError: for a model without experts.
+        ConfigError: for what is no batch.
         DataError: for batches without a token, or outputs that are not finite.
     """
     layers = expert_layers(model)
@@ -88,6 +89,9 @@ def score_experts(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Exp
         model.eval()
         with torch.no_grad():
             for batch in batches:
+                if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                    found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                    raise ConfigError(f"score_experts reads batches with input_ids and attention_mask, got {found}")
                 mask = batch.get("attention_mask")
                 counted[0] = None if mask is None else mask.flatten().bool()
                 model(**batch)

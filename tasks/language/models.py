@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pyra.adapters.targets import trained_modules
-from pyra.backbones import switch, wrapped_config, wrapped_schedule
+from pyra.backbones import is_decoder, macs, wrapped_schedule
 from pyra.backbones.joyai import MODEL_TYPES
 from pyra.backbones.joyai_checkpoint import load_model
 from pyra.backbones.joyai_tokenizer import heed_bos
@@ -204,15 +204,22 @@ def backbone_digest(model: nn.Module) -> str:
 
 
 def count_macs(model: nn.Module, tokens: int) -> int:
-    """Count the multiply-accumulates of one forward over a prompt of ``tokens`` tokens: matrix products and attention.
+    """Return the multiply-accumulates of a prompt of ``tokens`` tokens, without the head: products and attention.
 
+    Of decoders that could merge as :func:`pyra.macs` has it, experts included; of other models as PyTorch counts them.
     Products are counted whole, those that a causal mask leaves out with them.
     """
+    try:
+        if is_decoder(model):
+            return macs(model, input_size=tokens)
+    except UnsupportedModelError:
+        pass
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), **prompt_masks(model, ids, [tokens]))
-    return int(counter.get_total_flops() // 2)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return int(counter.get_total_flops() // 2) - (0 if head is None else tokens * head.weight.numel())
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -225,14 +232,8 @@ _ON_A_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attent
 
 def count_plain_macs(model: nn.Module, tokens: int) -> int:
     """Count as :func:`count_macs` does, with nothing merging."""
-    config, schedule = wrapped_config(model), wrapped_schedule(model)
-    if config is None or schedule is None:
-        return count_macs(model, tokens)
-    switch(model, config, [0] * len(schedule))
-    try:
-        return count_macs(model, tokens)
-    finally:
-        switch(model, config, schedule)
+    schedule = wrapped_schedule(model)
+    return count_macs(model, tokens) if schedule is None else macs(model, [0] * len(schedule), tokens)
 
 
 def prompt_masks(model: nn.Module, ids: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:

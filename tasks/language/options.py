@@ -164,6 +164,10 @@ class LanguageOptions:
             problems.append(f"--method {self.method} needs --rate, such as 0.5 for half of a prompt's cost (or --keep)")
         if self.peft is not None and (self.peft not in PEFT_METHODS or self.peft in _IMAGES_ALONE):
             problems.append(f"--peft {self.peft} is none of {', '.join(m for m in PEFT_METHODS if m in METHODS)}")
+        if self.rate is not None and self.keep is not None:
+            problems.append("--rate finds the layers that --keep names: give one of them")
+        if self.method == "pyra" and self.rule in CONTROLS:
+            problems.append(f"--rule {self.rule} merges nothing that could be re-activated: take --method tome")
         try:
             if not problems:
                 self.pyra_config()

@@ -335,3 +335,9 @@ def test_shares_that_are_none() -> None:
         choose_task_experts(GIVEN, 0.1, "tokens")
     with pytest.raises(ConfigError, match="hold no gates"):
         choose_task_experts(scores([1, 2]), 0.1)
+
+
+@pytest.mark.parametrize(("batch", "said"), [(torch.ones(1, 4, dtype=torch.long), "Tensor"), ({"x": 1}, r"\['x'\]")])
+def test_what_is_no_batch_is_told(batch: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"batches with input_ids and attention_mask, got {said}"):
+        score_experts(joyai.JoyAIForCausalLM(joyai.tiny_config()), [batch])

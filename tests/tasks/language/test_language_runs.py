@@ -195,8 +195,11 @@ def test_a_head_has_no_likelihood_of_answers(backbones: dict[str, Path], root: P
         ({"method": "pyra", "rate": 1.5}, r"rate must be a number in \[0, 1\), got 1.5"),
         ({"method": "pyra", "keep": "8"}, "--keep must be layers and shares such as 8:0.5,16:0.25, got '8'"),
         ({"method": "pyra", "keep": "8:2"}, r"keep of layer 8 must be a share in \(0, 1\], got 2.0"),
-        ({"method": "pyra", "rate": 0.5, "keep": "8:0.5"}, "exactly one of schedule and rate"),
-        ({"method": "pyra", "rate": 0.5, "rule": "drop"}, "rule 'drop' merges nothing that could be re-activated"),
+        ({"method": "pyra", "rate": 0.5, "keep": "8:0.5"}, "--rate finds the layers that --keep names"),
+        (
+            {"method": "pyra", "rate": 0.5, "rule": "drop"},
+            "--rule drop merges nothing that could be re-activated",
+        ),
         ({"method": "tome", "rate": 0.5, "rule": "dorp"}, "--rule must be one of .*got 'dorp'"),
         ({"method": "tome", "rate": 0.5, "peft": "bottleneck"}, "--peft bottleneck is none of lora, dora"),
         ({"method": "prompts"}, "made for images; one of pyra, tome, linear, full, lora"),

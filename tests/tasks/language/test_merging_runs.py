@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_language import decoder
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from pyra import PyraConfig, macs, wrap
+from pyra import PyraConfig, wrap
 from pyra.scripts.main import main
 from pyra.tasks.language.evaluation import Evaluation, evaluate_language_run
-from pyra.tasks.language.models import count_macs, count_plain_macs
+from pyra.tasks.language.models import _ON_A_CPU, count_macs, count_plain_macs
 from pyra.tasks.language.options import LanguageOptions, parse_keep
 from pyra.tasks.language.runs import load_language_run
 from pyra.tasks.language.scoring import log_likelihoods
@@ -34,15 +36,28 @@ def test_answers_of_a_batch_are_scored_as_alone_behind_their_own_prompts() -> No
     assert all(abs(one - other) > 1e-4 for one, other in zip(together, stock, strict=True))
 
 
-def test_attention_is_counted_and_merging_saves() -> None:
+def test_prompts_are_counted_as_they_are_read() -> None:
+    """What PyTorch counts of the products is what is promised, and the importance of tokens besides."""
     model = decoder()
     head = model.config.vocab_size * model.config.hidden_size  # type: ignore[union-attr, operator]
-    assert count_macs(model, 100) - 100 * head == macs(model, input_size=100)
+
+    def counted(**more: torch.Tensor) -> int:
+        tokens = torch.zeros(1, 100, dtype=torch.long)
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
+            model(tokens, **more)
+        return counter.get_total_flops() // 2 - 100 * head
+
+    plain = counted()
+    assert count_macs(model, 100) == count_plain_macs(model, 100) == plain
     wrap(model, PyraConfig(keep={0: 0.4}, size_bias=False, reactivation=False))
-    assert count_plain_macs(model, 100) - 100 * head == macs(decoder(), input_size=100)
     importance = 4 * 16 * 100 * 8  # heads, tokens that are asked, keys, channels
-    assert count_macs(model, 100) - 100 * head - importance == macs(model, input_size=100)
-    assert macs(model, input_size=100) < macs(decoder(), input_size=100)
+    assert count_macs(model, 100) == counted(prompt_mask=torch.ones(1, 100, dtype=torch.bool)) - importance < plain
+    assert count_plain_macs(model, 100) == plain
+
+
+def test_heads_are_not_counted_of_other_decoders_either() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    assert count_macs(model, 10) == 10 * 2 * (4 + 8) * 16 * 16 + 2 * 2 * 10 * 10 * 16
 
 
 @pytest.mark.parametrize("rule", ["importance", "drop"])
@@ -72,3 +87,8 @@ def test_a_head_reads_merged_texts(backbones: dict[str, Path], root: Path, tmp_p
 
 def test_shares_are_read() -> None:
     assert parse_keep("8:0.5,16:0.25") == {8: 0.5, 16: 0.25}
+
+
+def test_a_model_is_no_run(backbones: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(backbones["llama"]), "--limit", "4"]) == 2
+    assert "is a model, not a run: pyra evaluate --backbone" in capsys.readouterr().err
