@@ -39,7 +39,7 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
         return
     try:
         if is_decoder(model):
-            raise UnsupportedModelError(f"{type(model).__name__} reads words")
+            raise UnsupportedModelError(f"{type(model).__name__} reads input_ids, not images")
         _, core = locate(model)
     except UnsupportedModelError as error:
         if isinstance(config, VisualPromptsConfig):
