@@ -15,7 +15,7 @@ from pyra.config import PyraConfig
 from pyra.errors import ConfigError
 from pyra.tasks.language.data import examples_digest, load_text_task
 from pyra.tasks.language.models import backbone_digest, load_decoder, load_encoder, longest, read_config
-from pyra.tasks.language.scoring import AnswerNll, answer_nll
+from pyra.tasks.language.scoring import answer_nll
 from pyra.tasks.results import environment
 from pyra.tasks.runs import resolve_device
 
@@ -58,9 +58,10 @@ def study_prompts(
         unwrap(model)
         if config is not None:
             wrap(model, config)
-        nlls = answer_nll(model, read, pad_id=encoder.pad_id, batch_size=options.batch_size, description=name)
+        scored = answer_nll(model, read, pad_id=encoder.pad_id, batch_size=options.batch_size, description=name)
+        nlls = [one.nats / one.tokens for one in scored]
         before = nlls if before is None else before
-        found.append({"name": name, "macs_ratio": macs(model, input_size=prompt) / plain, **_compared(nlls, before)})
+        found.append({"name": name, "macs_ratio": macs(model, input_size=prompt) / plain, **compared(nlls, before)})
     test = {"examples": len(read), "prompt_tokens": prompt, "sha256": examples_digest(examples)}
     where = environment(device.type)
     return {"rows": found, "test": test, "weights_sha256": weights, "environment": where}
@@ -81,9 +82,17 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return str(tabulate(lines, headers="keys", disable_numparse=True))
 
 
-def _compared(nlls: Sequence[AnswerNll], before: Sequence[AnswerNll]) -> dict[str, float]:
-    """Average over answers, each a mean over its own tokens, and the change against another scoring of them."""
-    own, other = (torch.tensor([one.nats / one.tokens for one in scored]) for scored in (nlls, before))
-    change = own - other
+def compared(own: Sequence[float], before: Sequence[float]) -> dict[str, float]:
+    """Average over answers, each a mean over its own tokens, and the change against another scoring of the same.
+
+    Args:
+        own: nats a token of each answer.
+        before: of the same answers, in their order.
+
+    Returns:
+        ``nll``, ``change``, and the ``standard_error`` of the change.
+    """
+    found, other = torch.tensor(own), torch.tensor(before)
+    change = found - other
     error = float(change.std()) / math.sqrt(len(change)) if len(change) > 1 else 0.0
-    return {"nll": float(own.mean()), "change": float(change.mean()), "standard_error": error}
+    return {"nll": float(found.mean()), "change": float(change.mean()), "standard_error": error}
