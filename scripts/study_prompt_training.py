@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if min(options.seeds, options.test) < 1 or options.rounds < 0:
         raise ConfigError("--seeds and --test must be at least 1, --rounds 0")
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()  # before anything else loads them
     runs = {text.strip(): _run(text, options) for text in options.ways.split(";") if text.strip()}
     if not runs:
         raise ConfigError("--ways is empty")
@@ -71,11 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pyra.files import write_json
     from pyra.tasks.language.prompt_training import prefill_rows, train_and_score, training_table
-    from pyra.tasks.quiet import quiet_libraries
     from pyra.tasks.results import environment
     from pyra.tasks.runs import resolve_device
 
-    quiet_libraries()
     record = _begun(options)
     for seed in range(options.seeds):
         for name, run in runs.items():

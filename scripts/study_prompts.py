@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if options.limit < 1 or options.batch_size < 1:
         raise ConfigError("--limit and --batch-size must be at least 1")
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()  # before anything else loads them
     configs = {text.strip(): _config(text) for text in options.settings.split(";") if text.strip()}
     from pyra.files import write_json
     from pyra.tasks.language.prompt_study import study_prompts, study_table
-    from pyra.tasks.quiet import quiet_libraries
 
-    quiet_libraries()
     found = study_prompts(options.backbone, options.task, options.root, options.data, configs, options)
     print(study_table(found["rows"]))
     left_out = ("root", "data", "output")

@@ -20,8 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table; a language task has options of its own."""
     argv = _with_task(sys.argv[1:] if argv is None else argv)
     from pyra.tasks.language.cards import is_text_task
+    from pyra.tasks.language.inferring import reads_text_alone
 
-    about_texts = is_text_task(peek(argv, "task"))
+    task = peek(argv, "task")
+    about_texts = is_text_task(task) or (task is None and reads_text_alone(peek(argv, "backbone")))
     options = _language_options(argv) if about_texts else _options(argv)
     from pyra.tasks.fitting import processes
     from pyra.tasks.language.series import SeriesOptions
@@ -102,7 +104,8 @@ def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
     for name in ("protocol", "tune", "patience"):
         if peek(argv, name) is not None:
             raise ConfigError(f"--{name} is not for language tasks yet: their runs end with the last epoch")
-    verb = f"pyra train --task {peek(argv, 'task')}"
+    task = peek(argv, "task")
+    verb = "pyra train" if task is None else f"pyra train --task {task}"
     return parse(
         SeriesOptions,
         argv,

@@ -34,7 +34,7 @@ def infer_task(data: str | None, backbone: str | None) -> str | None:
     if cards:
         names = ", ".join(card.name for card in cards)
         raise DataError(f"--data {data} fits several tasks ({names}): name one with --task")
-    if not _is_language_model(backbone):
+    if not reads_text_alone(backbone):
         return None
     known = "; ".join(f"{card.name} ({_files(card)}: {', '.join(card.columns)})" for card in _plain_cards())
     raise DataError(
@@ -55,7 +55,7 @@ def _files(card: TextCard) -> str:
     return ", ".join(card.files.values())
 
 
-def _is_language_model(backbone: str | None) -> bool:
+def reads_text_alone(backbone: str | None) -> bool:
     """Whether a folder holds a model that reads text alone, by its configuration."""
     try:
         config = json.loads((Path(backbone or "").expanduser() / "config.json").read_text(encoding="utf-8"))

@@ -50,6 +50,8 @@ def read_config(backbone: str) -> Any:
                 raise UnsupportedModelError(f"{backbone} is a timm model, which reads images: give a language model")
     elif not backbone.strip() or folder.is_file():
         raise ConfigError(f"--backbone {backbone!r}: give a folder that transformers has saved, or a name on the hub")
+    elif folder.is_absolute() or backbone.startswith((".", "~")) or backbone.count("/") > 1:  # no name on the hub
+        raise ConfigError(f"--backbone {backbone!r}: no such folder")
     try:
         config = AutoConfig.from_pretrained(_place(backbone), **_NEVER_CODE)
     except Exception as error:  # of a file that may hold anything, or a hub that may be anywhere

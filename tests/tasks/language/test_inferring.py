@@ -52,6 +52,16 @@ def test_several_tasks_that_fit_are_named(root: Path, monkeypatch: pytest.Monkey
         infer_task(str(root / "gsm8k"), None)
 
 
+def test_a_backbone_that_reads_text_shows_its_options(
+    backbones: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for told in (["--backbone", str(backbones["llama"])], []):
+        with pytest.raises(SystemExit):
+            main(["train", *told, "--help"])
+        said = capsys.readouterr().out
+        assert ("--max-new-tokens" in said) == bool(told) and ("--image-size" in said) != bool(told)
+
+
 @pytest.fixture
 def quick(backbones: dict[str, Path], tmp_path: Path) -> Callable[..., int]:
     """Train a tiny decoder for a step or two with further flags."""

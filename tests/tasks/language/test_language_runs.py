@@ -20,7 +20,7 @@ from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.fitting.trainer import KeepingTrainer
 from pyra.tasks.language.data import load_text_task
 from pyra.tasks.language.evaluation import Evaluation, evaluate_backbone, evaluate_language_run
-from pyra.tasks.language.models import load_decoder, load_encoder
+from pyra.tasks.language.models import load_decoder, load_encoder, read_config
 from pyra.tasks.language.options import METHODS, LanguageOptions
 from pyra.tasks.language.runs import load_language_run
 from pyra.tasks.language.training import train_language
@@ -447,3 +447,9 @@ def test_a_head_of_the_backbone_is_kept_where_it_fits(root: Path, tmp_path: Path
     assert torch.equal(two.get_parameter("classifier.weight"), encoder_model().get_parameter("classifier.weight"))
     three = load_classifier(str(folder), ["a", "b", "c"], 0)
     assert three.get_parameter("classifier.weight").shape[0] == 3
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere", "models/of/mine"])
+def test_a_path_is_no_name_on_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        read_config(name)
