@@ -66,6 +66,7 @@ class RunResult:
         weights_sha256: of the backbone before adaptation, its new head left out
             (:func:`pyra.tasks.provenance.weights_digest`), or ``random`` for weights that were drawn anew.
         answer_nll: mean negative log-likelihood of the right answers, in nats a token, for decoders.
+        answer_tokens: mean number of tokens that were generated for an answer, thoughts included.
         majority_value: score of always answering the most frequent training class.
         wall_seconds: of the whole piece of work, scoring and timing included.
         peak_memory_bytes: of the process (CPU) or of what torch allocated on the GPU.
@@ -114,6 +115,7 @@ class RunResult:
     train_sha256: str | None = None
     data_source: str | None = None
     answer_nll: float | None = None
+    answer_tokens: float | None = None
     majority_value: float | None = None
     protocol: str | None = None
     selection: str | None = None

@@ -70,7 +70,8 @@ def answer(subject: Subject, task: TextTask, examples: Sequence[Example], how: A
     cut = sum(one.cut for one in found)
     macs, plain = count_macs(subject.model, tokens), count_plain_macs(subject.model, tokens)
     known = None if subject.answer == "head" else nlls
-    return Scored(value, right, given, texts or None, cut, seconds, macs, plain, known)
+    generated = [one.tokens for one in found if one.tokens is not None]
+    return Scored(value, right, given, texts or None, cut, seconds, macs, plain, known, generated or None)
 
 
 def _of_all(positions: Sequence[int], own: Sequence[Any]) -> list[Any]:
@@ -84,7 +85,7 @@ def _of_all(positions: Sequence[int], own: Sequence[Any]) -> list[Any]:
 class _Answer:
     """What was answered, what was generated where it was, the tokens that were read, and whether some were not.
 
-    ``nll`` is that of the right answer, where answering has told it.
+    ``nll`` is that of the right answer, where answering has told it; ``tokens`` were generated.
     """
 
     given: Any
@@ -92,6 +93,7 @@ class _Answer:
     length: int
     cut: bool
     nll: AnswerNll | None = None
+    tokens: int | None = None
 
 
 def _by_head(subject: Subject, task: TextTask, examples: Sequence[Example], how: Asking) -> list[_Answer]:
@@ -134,7 +136,7 @@ def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example]
     room = room_for_prompts(subject, how.max_new_tokens)
     whole = [subject.encoder.prompt(how.shown + example.prompt) for example in examples]
     prompts = [ids[-room:] for ids in whole]
-    texts = generate(
+    said = generate(
         subject.model,
         prompts,
         subject.encoder,
@@ -143,10 +145,13 @@ def _by_generation(subject: Subject, task: TextTask, examples: Sequence[Example]
         batch_size=how.batch_size,
         description=how.label,
     )
-    read = [RULES[task.card.extract](text) or "" for text in texts]
+    read = [RULES[task.card.extract](one.text) or "" for one in said]
     found: Any = [_label(text, task.card.words) for text in read] if task.labels else read
     cut = [len(ids) > room for ids in whole]
-    return [_Answer(*one) for one in zip(found, texts, map(len, prompts), cut, strict=True)]
+    return [
+        _Answer(given, one.text, len(ids), was_cut, tokens=one.tokens)
+        for given, one, ids, was_cut in zip(found, said, prompts, cut, strict=True)
+    ]
 
 
 def room_for_prompts(subject: Subject, max_new_tokens: int) -> int:

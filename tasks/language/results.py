@@ -89,6 +89,7 @@ def scored_columns(task: TextTask, scored: Scored, subject: Subject, options: La
     return {
         "value": scored.value,
         "answer_nll": scored.nll,
+        "answer_tokens": scored.answer_tokens,
         "macs": scored.macs,
         "plain_macs": scored.plain_macs,
         "schedule": schedule,

@@ -137,16 +137,27 @@ def mean_nll(answers: Sequence[AnswerNll | None]) -> float | None:
     return sum(answer.nats for answer in known) / sum(answer.tokens for answer in known) if known else None
 
 
-class _Stopped(StoppingCriteria):
-    """Modifications: a row is done when its newest tokens hold one of the texts that end an answer."""
+class Said(NamedTuple):
+    """What a model answered, without its thoughts, and the tokens that it generated for it, thoughts included."""
 
-    def __init__(self, encoder: Encoder, stop: Sequence[str], start: int) -> None:
-        self.encoder, self.stop, self.start = encoder, stop, start
+    text: str
+    tokens: int
+
+
+class _Stopped(StoppingCriteria):
+    """Modifications: a row is done when its newest tokens hold one of the texts that end an answer.
+
+    Of a model that thinks, all that it has said is looked at: a thought does not end an answer.
+    """
+
+    def __init__(self, encoder: Encoder, stop: Sequence[str], begun: Sequence[str], start: int) -> None:
+        self.encoder, self.stop, self.begun, self.start = encoder, stop, begun, start
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        newest = input_ids[:, max(self.start, input_ids.shape[1] - _LOOK_BACK) :].tolist()
+        back = _LOOK_BACK if self.encoder.marks is None else input_ids.shape[1]
+        newest = input_ids[:, max(self.start, input_ids.shape[1] - back) :].tolist()
         # White space before an answer is no end of it.
-        texts = [self.encoder.decode(row).lstrip() for row in newest]
+        texts = [self.encoder.spoken(row, begun).lstrip() for row, begun in zip(newest, self.begun, strict=True)]
         done = [any(mark in text for mark in self.stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)
 
@@ -160,7 +171,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     description: str = "generating",
-) -> list[str]:
+) -> list[Said]:
     """Return what a decoder says after each prompt: greedy, in batches padded at their left.
 
     Args:
@@ -179,7 +190,7 @@ def generate(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=encoder.pad_id, eos_token_id=ends
     )
-    found = [""] * len(prompts)
+    found = [Said("", 0)] * len(prompts)
     device = next(model.parameters()).device
     causal.generation_config = greedy
     try:
@@ -192,7 +203,8 @@ def generate(
         ):
             rows = [prompts[index] for index in indices]
             width = len(rows[0])
-            criteria = StoppingCriteriaList([_Stopped(encoder, stop, width)] if stop else [])
+            begun = [encoder.begun(row) for row in rows]
+            criteria = StoppingCriteriaList([_Stopped(encoder, stop, begun, width)] if stop else [])
             with torch.inference_mode():
                 ids = causal.generate(
                     input_ids=pad(rows, encoder.pad_id, left=True).to(device),
@@ -200,8 +212,9 @@ def generate(
                     generation_config=greedy,
                     stopping_criteria=criteria,
                 )
-            for index, row in zip(indices, ids[:, width:].tolist(), strict=True):
-                found[index] = cut(encoder.decode(_until(row, ends)).lstrip(), stop)
+            for index, row, start in zip(indices, ids[:, width:].tolist(), begun, strict=True):
+                said = _until(row, ends)
+                found[index] = Said(cut(encoder.spoken(said, start).lstrip(), stop), len(said))
     finally:
         causal.generation_config = own
     return found

@@ -5,7 +5,7 @@ Padding is done here, with ids of our own choosing, so that tokenizers without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from pyra.tasks.language.prompts import SEPARATOR
+from pyra.tasks.language.thoughts import Marks, opened, spoken, thought_marks
+
+_TAIL = 32  # tokens at the end of a prompt that a mark is looked for in
 
 IGNORED = -100
 """Label of a token that no loss is taken of."""
@@ -35,11 +38,13 @@ class Encoder:
         tokenizer: of transformers.
         chat: give prompts through the tokenizer's chat template, as what the user says.
         kinds: say which of two texts a token is of, where the tokenizer does; not every model takes that.
+        told: what the chat template is told besides, such as its own switch for thinking.
     """
 
     tokenizer: Any = field(repr=False)
     chat: bool = False
     kinds: bool = True
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def pad_id(self) -> int:
@@ -85,11 +90,30 @@ class Encoder:
         """Return the text of generated ids."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    @cached_property
+    def marks(self) -> Marks | None:
+        """What opens and closes a thought; None where prompts are no chats, or their template knows no thoughts."""
+        return thought_marks(self.tokenizer) if self.chat else None
+
+    def begun(self, prompt: Sequence[int]) -> str:
+        """Return the mark that opens a thought where a prompt ends with it, or nothing."""
+        return "" if self.marks is None else opened(str(self.tokenizer.decode(prompt[-_TAIL:])), self.marks)
+
+    def spoken(self, ids: Sequence[int], begun: str = "") -> str:
+        """Return the text of generated ids without the thought before it; ``begun`` of :meth:`begun`."""
+        if self.marks is None:
+            return self.decode(ids)
+        found = spoken(begun + str(self.tokenizer.decode(ids)), self.marks)  # a mark may be a special token
+        for token in self.tokenizer.all_special_tokens:
+            found = found.replace(token, "")
+        return found
+
     def _framed(self, prompt: str) -> str:
         if not self.chat:
             return prompt
         messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        render = self.tokenizer.apply_chat_template
+        return str(render(messages, tokenize=False, add_generation_prompt=True, **self.told))
 
     def _encode(self, text: str) -> list[int]:
         before = [] if self.chat else self._added[0]  # a chat template writes its own

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyra.tasks.reports.groups import Group, differences
+from pyra.tasks.reports.table import number_text, value_text
 from pyra.tasks.results import RunResult
 
 
@@ -49,3 +51,25 @@ def front_places(points: Sequence[tuple[float, float]]) -> list[int]:
 def all_timed(rows: Sequence[RunResult]) -> bool:
     """Whether every row measured its images/s, so that speed is compared rather than MACs."""
     return all(row.images_per_second is not None for row in rows)
+
+
+def tokens_notes(groups: Sequence[Group]) -> list[str]:
+    """Return a line for each task that several ways answered: those that no other beats with fewer generated tokens."""
+    ways: dict[tuple[str, str], list[tuple[Group, float, str]]] = {}
+    for one, different in zip(groups, differences(groups), strict=True):
+        tokens = None if one.baseline else one.average("answer_tokens")
+        if tokens is not None:
+            ways.setdefault((one.row.task, one.row.metric), []).append((one, tokens, different))
+    notes = []
+    for (task, _), found in ways.items():
+        if len({tokens for _, tokens, _ in found}) < 2:
+            continue
+        points = [(-tokens, one.mean if one.row.higher_is_better else -one.mean) for one, tokens, _ in found]
+        named = [_way(*found[place]) for place in front_places(points)]
+        notes.append(f"{task}, no other answers better with as few tokens: {'; '.join(named)}")
+    return notes
+
+
+def _way(one: Group, tokens: float, different: str) -> str:
+    name = f"{one.row.method} ({different})" if different else one.row.method
+    return f"{name}, {value_text(one.row.metric, one.mean)} with {number_text(tokens)} tokens"

@@ -13,6 +13,7 @@ from pyra.errors import ConfigError, DataError, did_you_mean
 from pyra.tasks.reports.collect import Collection, Found, collect, is_evaluation
 from pyra.tasks.reports.comparable import missing_probes, warnings
 from pyra.tasks.reports.formats import RENDERERS, Table, clean, markdown_text
+from pyra.tasks.reports.front import tokens_notes
 from pyra.tasks.reports.groups import Group, group, majority_groups
 from pyra.tasks.reports.pivot import dimensions, pivot
 from pyra.tasks.reports.summary import SORTS, csv_cell, devices_note, ordered, records, summary
@@ -80,7 +81,7 @@ def report(
         made = pivot(groups, across)
         tables.append(made.table())
         data, notes = made.records(), made.notes + notes
-    notes += warnings(groups) + missing_probes(groups)
+    notes += warnings(groups) + missing_probes(groups) + tokens_notes(groups)
     if against is not None:
         compared = _compared(group(found)[0] if across and "seed" in across else groups, against)
         tables += [compared.table] if compared.table.cells else []

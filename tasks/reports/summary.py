@@ -8,11 +8,20 @@ from typing import Any
 
 from pyra.tasks.reports.formats import Table, clean
 from pyra.tasks.reports.groups import Group, backbone_name, differences, seeds_text, shown
-from pyra.tasks.reports.table import ANSWER_NLL, macs_unit, metric_name, number_text, protocol_label, value_text
+from pyra.tasks.reports.table import (
+    ANSWER_NLL,
+    ANSWER_TOKENS,
+    macs_unit,
+    metric_name,
+    number_text,
+    protocol_label,
+    value_text,
+)
 
 SORTS = ("name", "value", "rate", "macs", "speed")
 _MEASURED = (
-    "answer_nll", "images_per_second", "speedup", "train_seconds", "wall_seconds", "peak_memory_bytes", "energy_joules",
+    "answer_nll", "answer_tokens", "images_per_second", "speedup", "train_seconds", "wall_seconds",
+    "peak_memory_bytes", "energy_joules",
 )  # fmt: skip
 _SHARED = (
     "unit", "throughput_batch_size", "trained_parameters", "macs", "plain_macs", "schedule", "image_size",
@@ -58,9 +67,10 @@ def summary(groups: Sequence[Group]) -> Table:
     columns["rate"] = [shown(one, "rate") for one in groups]
     header, in_cell = value_header(groups)
     columns[header] = [value_cell(one, in_cell) for one in groups]
-    nlls = [None if one.baseline else one.average("answer_nll") for one in groups]
-    if any(nll is not None for nll in nlls):
-        columns[ANSWER_NLL] = [number_text(nll) for nll in nlls]
+    for name, title in (("answer_nll", ANSWER_NLL), ("answer_tokens", ANSWER_TOKENS)):
+        found = [None if one.baseline else one.average(name) for one in groups]
+        if any(value is not None for value in found):
+            columns[title] = [number_text(value) for value in found]
     columns["seeds"] = [seeds_text(one) for one in groups]
     columns["trained parameters"] = ["-" if one.baseline else _parameters(one) for one in groups]
     unit, size = macs_unit([one.row for one in groups])

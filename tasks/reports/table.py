@@ -13,6 +13,9 @@ _PERCENT = {"accuracy": "top-1 (%)", "top1": "top-1 (%)", "top-1": "top-1 (%)", 
 ANSWER_NLL = "answer NLL"
 """Header of the mean negative log-likelihood of the right answers, in nats a token."""
 
+ANSWER_TOKENS = "tokens an answer"
+"""Header of the mean number of generated tokens, thoughts included."""
+
 _STYLES = {"plain": "simple", "markdown": "pipe", "html": "html"}
 
 
@@ -59,6 +62,8 @@ def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) 
     columns[header] = [("" if header != "value" else f"{_name(row)} ") + _value(row) for row in rows]
     if any(row.answer_nll is not None for row in rows):
         columns[ANSWER_NLL] = [_number(row.answer_nll) for row in rows]
+    if any(row.answer_tokens is not None for row in rows):
+        columns[ANSWER_TOKENS] = [_number(row.answer_tokens) for row in rows]
     if baseline is not None:
         columns["difference"] = [_value(row, minus=shown_value(baseline)) for row in rows]
     columns["trained parameters"] = [f"{row.trained_parameters:,}" for row in rows]

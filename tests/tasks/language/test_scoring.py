@@ -123,16 +123,18 @@ def test_generation_is_greedy_whatever_the_batch(kind: str, batch_size: int) -> 
     prompts = [encoder.prompt(text) for text in PROMPTS]
     found = generate(model, prompts, encoder, max_new_tokens=12, batch_size=batch_size)
     expected = [encoder.decode(greedy(decoder(kind), ids, 12, 1)).lstrip() for ids in prompts]
-    assert found == expected and len(set(found)) > 1
+    assert [one.text for one in found] == expected and len(set(found)) > 1
+    assert [one.tokens for one in found] == [len(greedy(decoder(kind), ids, 12, 1)) for ids in prompts]
     assert model.generation_config.repetition_penalty == 5.0, "the model's own configuration is left as it was"
 
 
 def test_generation_ends_at_a_stop_and_at_the_end_of_the_text() -> None:
     encoder, model = Encoder(tokenizer()), decoder()
     prompts = [encoder.prompt(text) for text in PROMPTS]
-    free = generate(model, prompts, encoder, max_new_tokens=30, batch_size=4)
+    free = [one.text for one in generate(model, prompts, encoder, max_new_tokens=30, batch_size=4)]
     marks = [text[len(text) // 2 :][:2] for text in free]
-    stopped = generate(model, prompts, encoder, stop=marks, max_new_tokens=30, batch_size=4)
+    said = generate(model, prompts, encoder, stop=marks, max_new_tokens=30, batch_size=4)
+    stopped = [one.text for one in said]
     for whole, cut in zip(free, stopped, strict=True):
         assert whole.startswith(cut) and len(cut) < len(whole)
         assert not any(mark in cut for mark in marks)
@@ -140,7 +142,7 @@ def test_generation_ends_at_a_stop_and_at_the_end_of_the_text() -> None:
     ending: Any = decoder()
     ending.generation_config.eos_token_id = [token, 1]  # as chat models have several
     found = generate(ending, prompts, encoder, max_new_tokens=12, batch_size=4)
-    assert found[0] == encoder.decode(greedy(decoder(), prompts[0], 12, token)).lstrip()
+    assert found[0].text == encoder.decode(greedy(decoder(), prompts[0], 12, token)).lstrip()
 
 
 def test_a_head_gives_the_same_labels_in_any_batch() -> None:
