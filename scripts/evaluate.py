@@ -50,6 +50,11 @@ class EvaluateOptions:
     lm_eval_tasks: str | None = option(None, "language, with --lm-eval: folder with task files of your own")
     trust_task_code: bool = option(False, "language, with --lm-eval-tasks: run the Python code that task files name")
     chat: bool | None = option(None, "language: prompts through the tokenizer's chat template")
+    thinking: str | None = option(
+        None,
+        "language, with --chat: tell the template to think or not (auto: as it does)",
+        choices=("on", "off", "auto"),
+    )
     dtype: str | None = option(None, "language: float32, bfloat16 or float16")
     output: str | None = option(None, "language, with --backbone: folder for the result")
     overwrite: bool = option(False, "language: replace the result in --output")
@@ -199,7 +204,9 @@ def _harness(options: EvaluateOptions) -> int:
     """Ask lm-evaluation-harness about a run or a backbone."""
     _refuse_of_images(options)
     _refuse(
-        options, ("task", "root", "data", "answer", "max_new_tokens", "split"), "is not for --lm-eval: its tasks say it"
+        options,
+        ("task", "root", "data", "answer", "max_new_tokens", "split", "thinking"),
+        "is not for --lm-eval: its tasks say it",
     )
     from pyra.tasks.language.evaluation import Evaluation
     from pyra.tasks.language.harness import OWN, Harness, harness_on_backbone, harness_on_run
@@ -226,7 +233,8 @@ def _harness(options: EvaluateOptions) -> int:
 
 
 def _asked(options: EvaluateOptions) -> dict[str, Any]:
-    names = ("split", "answer", "batch_size", "limit", "max_length", "max_new_tokens", "chat", "device", "dtype")
+    names = ("split", "answer", "batch_size", "limit", "max_length", "max_new_tokens", "chat", "thinking", "device",
+             "dtype")  # fmt: skip
     return {**{name: getattr(options, name) for name in names}, "num_fewshot": options.num_fewshot or 0}
 
 

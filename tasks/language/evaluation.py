@@ -17,6 +17,7 @@ from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.results import asked_settings, scored_columns, zero_shot_row
 from pyra.tasks.language.runs import Subject, load_language_run, resolve_answer
 from pyra.tasks.language.scored import Scored
+from pyra.tasks.language.thinking import THINKING
 from pyra.tasks.output import staged_output
 from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, read_result
 from pyra.tasks.runs import DTYPES, resolve_device
@@ -36,6 +37,7 @@ class Evaluation:
         max_new_tokens: generated at most.
         num_fewshot: answered training examples before each prompt.
         chat: prompts through the chat template.
+        thinking: what that is told: ``on``, ``off`` or ``auto``.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: precision of the forward.
     """
@@ -48,6 +50,7 @@ class Evaluation:
     max_new_tokens: int | None = None
     num_fewshot: int = 0
     chat: bool | None = None
+    thinking: str | None = None
     device: str = "auto"
     dtype: str | None = None
 
@@ -60,12 +63,14 @@ class Evaluation:
             problems.append(f"--num-fewshot must be at least 0, got {self.num_fewshot}")
         if self.dtype is not None and self.dtype not in DTYPES:
             problems.append(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.thinking is not None and self.thinking not in THINKING:
+            problems.append(f"--thinking must be one of {', '.join(THINKING)}, got {self.thinking!r}")
         if problems:
             raise ConfigError("; ".join(problems))
 
     def changed(self, options: LanguageOptions) -> LanguageOptions:
         """Return the options of a run with what is asked for in their place."""
-        names = ("answer", "batch_size", "limit", "max_length", "max_new_tokens", "chat", "dtype")
+        names = ("answer", "batch_size", "limit", "max_length", "max_new_tokens", "chat", "thinking", "dtype")
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(options, **asked)
 
@@ -78,6 +83,7 @@ class Evaluation:
             self.answer or "",
             f"{self.num_fewshot}-shot" if self.num_fewshot else "",
             "chat" if self.chat else "",
+            f"thinking-{self.thinking}" if self.thinking else "",
             f"limit-{self.limit}" if self.limit else "",
         ]
         return "-".join(filter(None, parts))
@@ -103,14 +109,15 @@ def evaluate_language_run(folder: str | Path, asked: Evaluation) -> tuple[RunRes
             raise ConfigError(f"--answer {asked.answer}: {folder} was trained to answer by {trained_for}")
         resolve_answer(task.card, asked.answer, head=False)
     changed = asked.changed(options)
-    encoder = dataclasses.replace(load_encoder(options.backbone, chat=changed.chat), kinds=subject.encoder.kinds)
+    encoder = load_encoder(options.backbone, chat=changed.chat, thinking=changed.thinking)
+    encoder = dataclasses.replace(encoder, kinds=subject.encoder.kinds)
     config = getattr(subject.model, "config", None)
     max_length = longest(options.backbone, config, encoder.tokenizer, changed.max_length, task.card.max_length)
     subject = Subject(subject.model.to(device), encoder, max_length, asked.answer or trained_for)
     examples = task.split(asked.split, changed.limit)
     scored = _scored(subject, task, examples, changed, asked)
     before = read_result(folder)
-    names = ("chat", "dtype", "limit", "max_new_tokens")
+    names = ("chat", "thinking", "dtype", "limit", "max_new_tokens")
     how = {**{name: getattr(changed, name) for name in names}, **asked_settings(subject, asked.num_fewshot)}
     result = dataclasses.replace(
         before,
@@ -205,7 +212,7 @@ def bare_backbone(
     answered_by = resolve_answer(task.card, asked.answer, head=False)
     changed = asked.changed(LanguageOptions(backbone=backbone, task=task_name))
     config = read_config(backbone)
-    encoder = load_encoder(backbone, chat=changed.chat)
+    encoder = load_encoder(backbone, chat=changed.chat, thinking=changed.thinking)
     max_length = longest(backbone, config, encoder.tokenizer, asked.max_length, task.card.max_length)
     model = load_decoder(backbone)
     weights = backbone_digest(model)

@@ -25,6 +25,7 @@ from pyra.backbones.joyai_checkpoint import load_model
 from pyra.backbones.joyai_tokenizer import heed_bos
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, UnsupportedModelError
+from pyra.tasks.language.thinking import thinking_values
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.provenance import weights_digest
 
@@ -81,7 +82,7 @@ def load_tokenizer(backbone: str) -> Any:
     return tokenizer
 
 
-def load_encoder(backbone: str, *, chat: bool = False) -> Encoder:
+def load_encoder(backbone: str, *, chat: bool = False, thinking: str = "auto") -> Encoder:
     """Return the encoder of a backbone's tokenizer.
 
     Raises:
@@ -90,7 +91,7 @@ def load_encoder(backbone: str, *, chat: bool = False) -> Encoder:
     tokenizer = load_tokenizer(backbone)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"--chat: the tokenizer of {backbone} has no chat template; leave it out")
-    return Encoder(tokenizer, chat)
+    return Encoder(tokenizer, chat, values=thinking_values(tokenizer, thinking, backbone) if chat else {})
 
 
 def load_classifier(backbone: str, labels: list[str], pad_id: int, seed: int = 0) -> nn.Module:

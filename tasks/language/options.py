@@ -8,6 +8,7 @@ from pyra.records import ABOVE_0, bound_problems, option
 from pyra.tasks.language.adaptation import METHODS as _METHODS
 from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.cards import ANSWERS
+from pyra.tasks.language.thinking import THINKING
 
 _LINEAR = {"linear": "train a new head on the frozen backbone (--answer head)"}
 METHODS = {name: _METHODS[name] for name in ("pyra", "tome")} | _LINEAR | _METHODS
@@ -36,6 +37,9 @@ class _TaskOptions:
     )
     max_new_tokens: int = option(256, "tokens that are generated at most, for each answer")
     chat: bool = option(False, "give prompts through the tokenizer's chat template")
+    thinking: str = option(
+        "auto", "with --chat: tell the template to think or not; auto: as it does itself", choices=THINKING
+    )
 
 
 @dataclass(kw_only=True)
@@ -53,6 +57,8 @@ class LanguageOptions(AdaptationOptions, _TaskOptions):
         if self.root is not None and self.data is not None:
             problems.append("give --root or --data, not both")
         problems += bound_problems(self, ABOVE_0, ("max_length", "max_new_tokens"))
+        if self.thinking != "auto" and not self.chat:
+            problems.append(f"--thinking {self.thinking} goes with --chat: it is the chat template that is told")
         if self.method == "linear" and self.answer not in (None, "head"):
             problems.append(f"--method linear trains a head: --answer {self.answer} has none")
         return problems

@@ -54,7 +54,7 @@ def zero_shot_row(
     task: TextTask, scored: Scored, subject: Subject, options: LanguageOptions, shots: int, **more: Any
 ) -> RunResult:
     """Return the row of a backbone that nothing was trained for; arguments as of :func:`trained_row`."""
-    names = ("chat", "dtype", "limit", "max_new_tokens")
+    names = ("chat", "thinking", "dtype", "limit", "max_new_tokens")
     return RunResult(
         task=task.name,
         method=ZERO_SHOT,

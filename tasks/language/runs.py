@@ -85,7 +85,7 @@ def new_subject(options: LanguageOptions, task: TextTask) -> Subject:
     if options.method == "linear" and answer != "head":
         raise ConfigError(f"--method linear trains a head, task {task.name} has no labels: take lora")
     config = read_config(options.backbone)
-    encoder = load_encoder(options.backbone, chat=options.chat)
+    encoder = load_encoder(options.backbone, chat=options.chat, thinking=options.thinking)
     max_length = longest(options.backbone, config, encoder.tokenizer, options.max_length, task.card.max_length)
     if answer == "head":
         model = load_classifier(options.backbone, list(task.labels), encoder.pad_id, options.seed)
