@@ -5,7 +5,7 @@ Padding is done here, with ids of our own choosing, so that tokenizers without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,11 +35,13 @@ class Encoder:
         tokenizer: of transformers.
         chat: give prompts through the tokenizer's chat template, as what the user says.
         kinds: say which of two texts a token is of, where the tokenizer does; not every model takes that.
+        values: what the chat template is given beside the messages, such as a switch for thinking.
     """
 
     tokenizer: Any = field(repr=False)
     chat: bool = False
     kinds: bool = True
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def pad_id(self) -> int:
@@ -88,8 +90,35 @@ class Encoder:
     def _framed(self, prompt: str) -> str:
         if not self.chat:
             return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self.chat_text([{"role": "user", "content": prompt}], asks=True)
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], *, asks: bool = False, values: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return a chat as the tokenizer's template writes it.
+
+        Args:
+            messages: turns with role and content.
+            asks: end where the assistant is to go on.
+            values: more for the template, before those of the encoder.
+
+        Raises:
+            ValueError: where the template fails, in one line.
+        """
+        given = {**self.values, **(values or {}), "tokenize": False, "add_generation_prompt": asks}
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **given))
+        except Exception as error:  # of a template, which may raise what it pleases
+            raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+    def chat_ids(self, text: str) -> list[int]:
+        """Encode what :meth:`chat_text` wrote: a template writes the token a text begins with itself."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @property
+    def starting(self) -> list[int]:
+        """Special tokens that the tokenizer puts before every text."""
+        return self._added[0]
 
     def _encode(self, text: str) -> list[int]:
         before = [] if self.chat else self._added[0]  # a chat template writes its own
