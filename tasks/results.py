@@ -67,6 +67,7 @@ class RunResult:
             (:func:`pyra.tasks.provenance.weights_digest`), or ``random`` for weights that were drawn anew.
         answer_nll: mean negative log-likelihood of the right answers, in nats a token, for decoders.
         majority_value: score of always answering the most frequent training class.
+        value_before: score of the same model before it was trained.
         wall_seconds: of the whole piece of work, scoring and timing included.
         peak_memory_bytes: of the process (CPU) or of what torch allocated on the GPU.
         energy_joules: of what ``energy_of`` names, idle power and other users of it included.
@@ -115,6 +116,7 @@ class RunResult:
     data_source: str | None = None
     answer_nll: float | None = None
     majority_value: float | None = None
+    value_before: float | None = None
     protocol: str | None = None
     selection: str | None = None
     chosen: dict[str, Any] | None = None

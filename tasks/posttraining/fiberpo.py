@@ -31,6 +31,8 @@ from torch import Tensor
 
 from pyra.errors import ConfigError
 
+C_PLUS, C_MINUS, EPS, UPDATES = 0.15, 0.1, 0.05, 4
+"""Budgets, and updates on each rollout, where none are given: ours, as the published values are not known."""
 PASSES, ROLLS_BACK, ZEROED, EMPTY = 0, 1, 2, 3
 """What becomes of a trajectory's drift; ``EMPTY`` has no token."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,18 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pyra.errors import ConfigError
 from pyra.tasks.posttraining.fiberpo import (
+    C_MINUS,
+    C_PLUS,
     EMPTY,
+    EPS,
     PASSES,
     ROLLS_BACK,
+    UPDATES,
     ZEROED,
     budget_problems,
     fiberpo_log_gate,
     fiberpo_regimes,
 )
-
-C_PLUS, C_MINUS, EPS = 0.15, 0.1, 0.05
-"""Budgets where none are given: ours, the published values are not known. Their sum is near GRPO's usual clip of 0.2."""
-UPDATES = 4
 
 _REGIMES = {"passing": PASSES, "rolling_back": ROLLS_BACK, "zeroed": ZEROED}
 # of the forward, where a batch has them
@@ -77,7 +77,7 @@ class FiberPOTrainer(GRPOTrainer):
     and are zeroed, and of tokens that are clipped beside their trajectory; under ``ratio/`` the ratio itself.
     """
 
-    _tag_names = ["trl", "fiberpo"]
+    _tag_names: ClassVar[list[str]] = ["trl", "fiberpo"]
     _name = "FiberPO"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -53,7 +53,12 @@ def varied(completions: list[str], completion_ids: list[list[int]], **_: Any) ->
 
 
 def trainer_of(
-    kind: type[GRPOTrainer], model: nn.Module, words: PreTrainedTokenizerFast, folder: Path, **options: Any
+    kind: type[GRPOTrainer],
+    model: nn.Module,
+    words: PreTrainedTokenizerFast,
+    folder: Path,
+    prompts: Dataset = PROMPTS,
+    **options: Any,
 ) -> Any:
     config = FiberPOConfig if issubclass(kind, FiberPOTrainer) else GRPOConfig
     options = {"loss_type": "grpo", **SHARED, **options}
@@ -61,7 +66,7 @@ def trainer_of(
         model=model,
         reward_funcs=[varied],
         args=config(output_dir=str(folder), **options),
-        train_dataset=PROMPTS,
+        train_dataset=prompts,
         processing_class=words,
     )
 
@@ -144,7 +149,7 @@ def test_off_policy_the_loss_is_the_formula(
 def test_tokens_of_tools_and_rows_without_any_do_not_count(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     trainer = trainer_of(FiberPOTrainer, decoder(), words, tmp_path)
     inputs = rollouts()
-    inputs["old_per_token_logps"] = logps_of(trainer, inputs) - 0.3
+    inputs["old_per_token_logps"] = logps_of(trainer, inputs) - torch.linspace(-0.1, 0.1, 7)
     alone = loss_and_gradients(trainer, inputs)
     tools = {**inputs, "tool_mask": torch.ones(4, 7, dtype=torch.long)}
     tools["tool_mask"][0, 2:] = 0
@@ -225,7 +230,9 @@ def test_a_model_that_merges_is_trained_on_its_own_rollouts(words: PreTrainedTok
         pyra=PyraConfig(keep={0: 0.5}),
         peft=peft_config("lora", 4, 0.0, ["q_proj", "v_proj"]),
     )
-    trainer = trainer_of(FiberPOTrainer, model, words, tmp_path, max_steps=2, num_iterations=2, learning_rate=1e-2)
+    longer = Dataset.from_dict({"prompt": [" ".join(["a fine film"] * 15) + f" {count}" for count in range(8)]})
+    options = {"max_steps": 2, "num_iterations": 2, "learning_rate": 1e-2}
+    trainer = trainer_of(FiberPOTrainer, model, words, tmp_path, longer, **options)
     trained = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     assert any("reactivation" in name for name in trained)
     trainer.train()
