@@ -19,17 +19,17 @@ _DATA = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result and how the training went."""
-    from pyra.tasks.language.adaptation import METHODS
+    from pyra.tasks.posttraining.options import METHODS, listed
     from pyra.tasks.posttraining.rl_options import ALGORITHMS, REWARDS, RlOptions
 
     options = parse(
         RlOptions,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="pyra rl",
         description=(
             "Train a decoder on rewards that can be verified: it answers each prompt several times, and answers that "
             f"are better than the others become likelier.\n\n{_DATA}\n\n"
-            f"algorithms:\n{_listed(ALGORITHMS)}\n\nrewards:\n{_listed(REWARDS)}\n\nmethods:\n{_listed(METHODS)}"
+            f"algorithms:\n{listed(ALGORITHMS)}\n\nrewards:\n{listed(REWARDS)}\n\nmethods:\n{listed(METHODS)}"
         ),
         example=(
             "pyra rl --backbone models/smollm2 --task arithmetic --steps 50 --output runs/rl\n"
@@ -71,10 +71,6 @@ def _course(algorithm: str, result: RunResult, summary: Mapping[str, float]) -> 
     named = {"clipped": "clipped", "trajectories_rolling_back": "rolling back", "trajectories_zeroed": "beyond budget"}
     row |= {title: f"{100 * summary[name]:.1f} %" for name, title in named.items() if name in summary}
     return str(tabulate([row], headers="keys", disable_numparse=True))
-
-
-def _listed(names: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it

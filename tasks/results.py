@@ -65,6 +65,7 @@ class RunResult:
         data_source: ``shipped``, ``drawn``, the name of a folder, or a hub id.
         weights_sha256: of the backbone before adaptation, its new head left out
             (:func:`pyra.tasks.provenance.weights_digest`), or ``random`` for weights that were drawn anew.
+        train_tokens: of the answers that were trained on, each example counted once, for decoders.
         answer_nll: mean negative log-likelihood of the right answers, in nats a token, for decoders.
         majority_value: score of always answering the most frequent training class.
         value_before: score of the same model before it was trained.
@@ -114,6 +115,7 @@ class RunResult:
     test_sha256: str | None = None
     train_sha256: str | None = None
     data_source: str | None = None
+    train_tokens: int | None = None
     answer_nll: float | None = None
     majority_value: float | None = None
     value_before: float | None = None

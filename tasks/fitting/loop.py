@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,9 +124,10 @@ def refuse_broken(model: nn.Module) -> None:
         raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
 
 
-def losses_of(state: TrainerState) -> list[dict[str, float]]:
-    """Return step, epoch, loss and learning rate of every logged step."""
-    return [{key: entry[key] for key in _LOGGED if key in entry} for entry in state.log_history if "loss" in entry]
+def losses_of(state: TrainerState, more: Sequence[str] = ()) -> list[dict[str, float]]:
+    """Return step, epoch, loss and learning rate of every logged step, and ``more`` that was logged."""
+    names = (*_LOGGED, *more)
+    return [{key: entry[key] for key in names if key in entry} for entry in state.log_history if "loss" in entry]
 
 
 @contextmanager

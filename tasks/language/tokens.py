@@ -72,7 +72,7 @@ class Encoder:
         whole = [self._encode(framed + separator + answer) for answer in answers]
         if not self._encode(framed):
             whole = [start + ids for ids in whole]
-        shared = min(min(_common(start, ids), len(ids) - 1) for ids in whole)  # an answer has a token of its own
+        shared = min(min(common_length(start, ids), len(ids) - 1) for ids in whole)  # an answer has a token of its own
         if not shared:  # all of the prompt was joined with the answers
             whole, shared = [[self._first, *ids] for ids in whole], 1
         return [Answered(ids, shared) for ids in whole]
@@ -111,9 +111,16 @@ class Encoder:
         except Exception as error:  # of a template, which may raise what it pleases
             raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
-    def chat_ids(self, text: str) -> list[int]:
-        """Encode what :meth:`chat_text` wrote: a template writes the token a text begins with itself."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def going_on(self, prompt: str, answer: str) -> Answered:
+        """Encode a text of :meth:`chat_text` and what goes on from it; the template has written a text's first token.
+
+        They are encoded together, as text is: where that joins the last letters of the prompt with the answer, the
+        answer begins before them.
+        """
+        start = self._plain(prompt) or [self._first]
+        ids = self._plain(prompt + answer)
+        shared = min(common_length(start, ids), len(ids) - 1)
+        return Answered(ids, shared) if shared > 0 else Answered([self._first, *ids], 1)
 
     @property
     def starting(self) -> list[int]:
@@ -122,7 +129,10 @@ class Encoder:
 
     def _encode(self, text: str) -> list[int]:
         before = [] if self.chat else self._added[0]  # a chat template writes its own
-        return [*before, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        return [*before, *self._plain(text)]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
@@ -161,7 +171,7 @@ def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning of two rows."""
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return how long the common beginning of two rows or texts is."""
     equal = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(equal, min(len(first), len(second)))

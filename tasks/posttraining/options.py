@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from pyra.records import ABOVE_0, bound_problems, option
+from pyra.tasks.language.adaptation import METHODS as METHODS
 from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.thinking import THINKING
 
-CONTINUED = ("backbone", "method", "rate", "keep", "preset", "rule", "peft", "rank", "targets", "dropout")
+CONTINUED = ("backbone", "method", "rate", "keep", "preset", "rule", "peft", "rank", "targets")
 """What a run that goes on from ``--adapter`` has from there."""
 
 
@@ -55,10 +57,17 @@ class PostTrainingOptions(AdaptationOptions, _ChatOptions):
         problems += bound_problems(self, ABOVE_0, ("steps", "max_length"))
         if not 0 < self.held_out < 1:
             problems.append(f"--held-out must be in (0, 1), got {self.held_out}")
+        if self.adapter is not None and self.dropout:
+            problems.append("--dropout: what --adapter goes on from has its own; leave it out")
         for name in ("adapter", "chat_template"):
             if getattr(self, name) == "":
                 problems.append(f"--{name.replace('_', '-')} is empty")
         return problems
+
+
+def listed(names: Mapping[str, str]) -> str:
+    """Return names and what they are as lines of a help text."""
+    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 def contradictions(options: PostTrainingOptions, earlier: AdaptationOptions) -> list[str]:
