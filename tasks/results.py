@@ -69,6 +69,7 @@ class RunResult:
         answer_nll: mean negative log-likelihood of the right answers, in nats a token, for decoders.
         answer_tokens: mean number of tokens that were generated for an answer, thoughts included.
         majority_value: score of always answering the most frequent training class.
+        value_before: score of the same model before it was trained.
         wall_seconds: of the whole piece of work, scoring and timing included.
         peak_memory_bytes: of the process (CPU) or of what torch allocated on the GPU.
         energy_joules: of what ``energy_of`` names, idle power and other users of it included.
@@ -119,6 +120,7 @@ class RunResult:
     answer_nll: float | None = None
     answer_tokens: float | None = None
     majority_value: float | None = None
+    value_before: float | None = None
     protocol: str | None = None
     selection: str | None = None
     chosen: dict[str, Any] | None = None

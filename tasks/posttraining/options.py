@@ -49,9 +49,12 @@ class PostTrainingOptions(AdaptationOptions, _ChatOptions):
     def _has_start(self) -> bool:
         return self.adapter is not None
 
+    def _has_data(self) -> bool:
+        return bool(self.data.strip())
+
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        if not self.data.strip():
+        if not self._has_data():
             problems.append("--data is missing: give a .jsonl file, a folder with train.jsonl or owner/name on the hub")
         problems += bound_problems(self, ABOVE_0, ("steps", "max_length"))
         if not 0 < self.held_out < 1:

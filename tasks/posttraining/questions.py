@@ -1,0 +1,135 @@
+"""Questions whose answers can be verified: from rows of data, or made up; encoded, answered and marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyra.errors import ConfigError, DataError
+from pyra.tasks.fitting import processes
+from pyra.tasks.language.models import precision
+from pyra.tasks.language.runs import Subject
+from pyra.tasks.language.scoring import generate
+from pyra.tasks.language.tokens import Encoder
+from pyra.tasks.posttraining.arithmetic import Problem, arithmetic_problems
+from pyra.tasks.posttraining.rewards import same_answers
+from pyra.tasks.posttraining.rl_options import RlOptions
+from pyra.tasks.posttraining.rows import Row, Rows, read_rows
+from pyra.tasks.runs import DTYPES
+
+KEYS = ("prompt", "answer")
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the right answer.
+
+    Attributes:
+        messages: turns; the assistant is to go on.
+        answer: that :func:`pyra.tasks.posttraining.rewards.same_answers` compares with.
+        ids: of the prompt.
+    """
+
+    messages: tuple[Message, ...]
+    answer: str
+    ids: list[int]
+
+
+def question_rows(options: RlOptions) -> Rows:
+    """Read the rows of a run, or make them up.
+
+    Raises:
+        DataError, ConfigError: where there are none, or too few.
+    """
+    if options.task is None:
+        return read_rows(options.data, options.held_out, options.limit)
+    train, test = arithmetic_problems(options.arithmetic(), options.problems, options.test_problems)
+    limit = options.limit
+    return Rows("arithmetic", "arithmetic", _rows(train[:limit], "problem"), _rows(test[:limit], "test problem"))
+
+
+def _rows(problems: Sequence[Problem], name: str) -> list[Row]:
+    return [
+        Row({"prompt": one.prompt, "answer": one.answer}, f"{name} {place}") for place, one in enumerate(problems, 1)
+    ]
+
+
+def encode_questions(rows: Sequence[Row], encoder: Encoder, room: int) -> list[Question]:
+    """Turn rows into questions; those whose prompt is longer than ``room`` tokens are left out.
+
+    A row has ``prompt`` (text, or messages that end with the user's) and ``answer`` (a text or a number).
+
+    Raises:
+        DataError: naming the first row that is none.
+        ConfigError: where all prompts are longer.
+    """
+    found = [_question(row, encoder) for row in rows]
+    kept = [question for question in found if len(question.ids) <= room]
+    if not kept:
+        raise ConfigError(f"every prompt is longer than {room} tokens (--max-length less --max-new-tokens): raise it")
+    return kept
+
+
+def _question(row: Row, encoder: Encoder) -> Question:
+    prompt, answer = row.values.get("prompt"), row.values.get("answer")
+    if isinstance(prompt, str) and prompt.strip():
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(_is_turn(turn) for turn in prompt):
+        raise DataError(f"{row.source}: 'prompt' must be text, or messages with role and content; see pyra rl --help")
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(f"{row.source}: the prompt ends with the assistant's turn, which is to be answered")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise DataError(f"{row.source}: 'answer' must be the right answer, a text or a number; found {answer!r}")
+    try:
+        text = encoder.chat_text(prompt, asks=True)
+    except ValueError as error:
+        raise DataError(f"{row.source}: the chat template fails ({error})") from None
+    ids = encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return Question(tuple(prompt), str(answer), list(ids))
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What a model answered, greedily, and whether that is right."""
+
+    texts: list[str]
+    right: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(self.right) / len(self.right)
+
+
+def answer_questions(subject: Subject, questions: Sequence[Question], options: RlOptions, said: str) -> Marked:
+    """Answer questions greedily and mark the answers; every process answers a share, and gets all.
+
+    Args:
+        subject: the model on its device, in evaluation mode.
+        questions: at least one.
+        options: of the run.
+        said: what the progress bar says.
+    """
+    positions = processes.share(len(questions))
+    with torch.no_grad(), precision(subject.model, DTYPES[options.dtype]):
+        own = generate(
+            subject.model,
+            [questions[place].ids for place in positions],
+            subject.encoder,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            description=said,
+        )
+    found: dict[int, str] = {}
+    for share in processes.gathered(dict(zip(positions, own, strict=True))):
+        found |= share
+    texts = [found[place] for place in range(len(questions))]
+    return Marked(texts, same_answers(texts, [question.answer for question in questions]))
