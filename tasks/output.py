@@ -54,6 +54,17 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "README.md",
         "export.json",
         "measured.json",
+        "engine.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "model.gguf",
+        "generation_config.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab.*",
+        "merges.txt",
     ),
     "compression": (
         "compression.json",
@@ -307,7 +318,9 @@ def _foreign(folder: Path, known: tuple[str, ...]) -> list[str]:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink() and _kind_of(entry) == "export":
             foreign += [f"{entry.name}/{inner}" for inner in _foreign(entry, _INSIDE["export"])]
-        elif entry.name not in known and entry.name not in _IGNORED and not entry.name.startswith(_PARTIAL):
+        elif entry.name in _IGNORED or entry.name.startswith(_PARTIAL):
+            continue
+        elif not any(fnmatch.fnmatch(entry.name, pattern) for pattern in known):
             foreign.append(entry.name)
     return sorted(foreign)
 
