@@ -15,6 +15,8 @@ from pyra.errors import ConfigError, OtherProcessError, PyraError, did_you_mean,
 
 VERBS = {
     "train": ("pyra.scripts.train", "adapt a backbone to a task and save the run"),
+    "sft": ("pyra.scripts.sft", "train a decoder on chats"),
+    "dpo": ("pyra.scripts.dpo", "train a decoder to prefer some answers to others"),
     "evaluate": ("pyra.scripts.evaluate", "score and time a saved run"),
     "sweep": ("pyra.scripts.sweep", "train a grid of methods and rates, here or on a cluster, and report"),
     "results": ("pyra.scripts.results", "show all runs below folders in one table"),

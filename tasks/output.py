@@ -34,6 +34,7 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "labels.json",
         "data.json",
         "backbone.json",
+        "chat_template.jinja",
         "training.json",
         "predictions*.json",
         "logs",

@@ -65,6 +65,7 @@ class RunResult:
         data_source: ``shipped``, ``drawn``, the name of a folder, or a hub id.
         weights_sha256: of the backbone before adaptation, its new head left out
             (:func:`pyra.tasks.provenance.weights_digest`), or ``random`` for weights that were drawn anew.
+        train_tokens: of the answers that were trained on, each example counted once, for decoders.
         answer_nll: mean negative log-likelihood of the right answers, in nats a token, for decoders.
         majority_value: score of always answering the most frequent training class.
         wall_seconds: of the whole piece of work, scoring and timing included.
@@ -113,6 +114,7 @@ class RunResult:
     test_sha256: str | None = None
     train_sha256: str | None = None
     data_source: str | None = None
+    train_tokens: int | None = None
     answer_nll: float | None = None
     majority_value: float | None = None
     protocol: str | None = None

@@ -120,10 +120,8 @@ def ready(options: LoopOptions) -> torch.device:
 
 
 class Placed(Protocol):
-    """Options that say where data and output lie."""
+    """Options that say where data (``data``, and ``root`` where they have one) and output lie."""
 
-    data: str | None
-    root: str | None
     output: str
 
 
@@ -137,7 +135,7 @@ def refuse_output_in_data(options: Placed) -> None:
     except (OSError, RuntimeError) as error:  # links that lead in a circle
         reason = " ".join(str(error).split())
         raise OutputError(f"cannot write to {options.output}: {reason}; choose another --output") from None
-    for flag, given in (("--data", options.data), ("--root", options.root)):
+    for flag, given in ((f"--{name}", getattr(options, name, None)) for name in ("data", "root")):
         place = None if given is None else Path(given).expanduser().resolve()
         if place is None:
             continue

@@ -9,7 +9,7 @@ from pyra.config import PROMPT_PRESETS, PyraConfig
 from pyra.errors import ConfigError
 from pyra.prompt_matching import FIRST, LAST, RULES
 from pyra.records import option
-from pyra.tasks.language.options import CONTROLS, parse_keep
+from pyra.tasks.language.adaptation import CONTROLS, parse_keep
 
 PUBLISHED = "joyai-llm-flash"
 """What ``--backbone`` takes for the published shape of JoyAI-LLM Flash with random weights."""

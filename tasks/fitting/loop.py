@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -48,7 +48,12 @@ def where_to_go_on(folder: Path) -> tuple[Path, Path | None]:
 
 
 def training_arguments(options: LoopOptions, folder: Path, device: torch.device, examples: int) -> TrainingArguments:
-    """Return what ``transformers.Trainer`` is told.
+    """Return what ``transformers.Trainer`` is told; arguments as of :func:`training_values`."""
+    return TrainingArguments(**training_values(options, folder, device, examples))
+
+
+def training_values(options: LoopOptions, folder: Path, device: torch.device, examples: int) -> dict[str, Any]:
+    """Return by name what a trainer is told, whatever class of arguments it takes.
 
     Args:
         options: of the run.
@@ -56,32 +61,32 @@ def training_arguments(options: LoopOptions, folder: Path, device: torch.device,
         device: to train on.
         examples: number of training examples.
     """
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=processes.batch_of_each(options.batch_size, options.accumulate),
-        gradient_accumulation_steps=options.accumulate,
-        dataloader_drop_last=examples >= options.batch_size,
-        lr_scheduler_type="cosine_warmup_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.01, "warmup_lr_rate": 0.001},
-        warmup_steps=0.1,
-        logging_steps=10,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=2,  # the one being written, and the one before it
-        report_to=list(options.track) or "none",
-        run_name=options.output,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        use_cpu=device.type == "cpu",
-        bf16=options.dtype == "bfloat16",
-        fp16=options.dtype == "float16",
-        seed=options.seed,
-        dataloader_pin_memory=device.type != "cpu",
-        ddp_find_unused_parameters=True,  # a layer that removes nothing at a rate leaves its re-activation unused
-    )
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": processes.batch_of_each(options.batch_size, options.accumulate),
+        "gradient_accumulation_steps": options.accumulate,
+        "dataloader_drop_last": examples >= options.batch_size,
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.01, "warmup_lr_rate": 0.001},
+        "warmup_steps": 0.1,
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is no number must be seen
+        "save_strategy": "steps",
+        "save_steps": options.save_steps,
+        "save_total_limit": 2,  # the one being written, and the one before it
+        "report_to": list(options.track) or "none",
+        "run_name": options.output,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": device.type == "cpu",
+        "bf16": options.dtype == "bfloat16",
+        "fp16": options.dtype == "float16",
+        "seed": options.seed,
+        "dataloader_pin_memory": device.type != "cpu",
+        "ddp_find_unused_parameters": True,  # a layer that removes nothing at a rate leaves its re-activation unused
+    }
 
 
 def steps_of(trainer: KeepingTrainer, options: LoopOptions) -> tuple[int, int]:
@@ -119,9 +124,10 @@ def refuse_broken(model: nn.Module) -> None:
         raise TrainingError(f"{len(broken)} trained tensors hold NaN or infinities ({broken[0]}): lower --lr")
 
 
-def losses_of(state: TrainerState) -> list[dict[str, float]]:
-    """Return step, epoch, loss and learning rate of every logged step."""
-    return [{key: entry[key] for key in _LOGGED if key in entry} for entry in state.log_history if "loss" in entry]
+def losses_of(state: TrainerState, more: Sequence[str] = ()) -> list[dict[str, float]]:
+    """Return step, epoch, loss and learning rate of every logged step, and ``more`` that was logged."""
+    names = (*_LOGGED, *more)
+    return [{key: entry[key] for key in names if key in entry} for entry in state.log_history if "loss" in entry]
 
 
 @contextmanager

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from pyra.adapters.methods import PEFT_METHODS, peft_config
-from pyra.config import PROMPT_PRESETS, PyraConfig
-from pyra.errors import ConfigError
-from pyra.prompt_matching import RULES
-from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
+from pyra.records import ABOVE_0, bound_problems, option
+from pyra.tasks.language.adaptation import METHODS as _METHODS
+from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.cards import ANSWERS
-from pyra.tasks.options import DEVICES, MERGING, TRACKERS
 
-_IMAGES_ALONE = ("adapter", "bottleneck", "adaptformer", "prompts", "prompts-shallow")
-METHODS = {
-    "pyra": "prompt tokens merge and are re-activated by trained weights, beside --peft (decoders)",
-    "tome": "prompt tokens merge, or go as --rule says, beside --peft (decoders)",
-    "linear": "train a new head on the frozen backbone (--answer head)",
-    "full": "train all weights",
-    **{name: text for name, text in PEFT_METHODS.items() if name not in _IMAGES_ALONE},
-}
-CONTROLS = ("drop", "truncate")
-"""Rules that merge nothing: what merging is compared with."""
-_LEARNING_RATES = {"linear": 1e-3, "full": 2e-5}
+_LINEAR = {"linear": "train a new head on the frozen backbone (--answer head)"}
+METHODS = {name: _METHODS[name] for name in ("pyra", "tome")} | _LINEAR | _METHODS
 
 
 @dataclass(kw_only=True)
-class LanguageOptions:
-    """One training run on a language task."""
+class _TaskOptions:
+    """The task, and how it is asked."""
 
-    backbone: str = option("", "folder that transformers has saved, with its tokenizer, or a name on the hub")
     task: str = option("sst2", "a shipped task by name, or a card file of your own")
     root: str | None = option(
         None, "folder with a folder of each task's files (PYRA_DATA by default; the hub without either)"
@@ -39,7 +24,6 @@ class LanguageOptions:
     data: str | None = option(
         None, "folder with the task's files themselves, instead of --root; without --task it tells the task"
     )
-    method: str = option("lora", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
     answer: str | None = option(
         None,
         "how the task is answered: head, scoring (label words after the prompt) or generation; a head by default where "
@@ -47,146 +31,28 @@ class LanguageOptions:
         choices=tuple(ANSWERS),
         metavar="HOW",
     )
-    rate: float | None = option(
-        None, "with tome and pyra: share of a prompt's multiply-accumulates to save, at 1024 tokens"
-    )
-    keep: str | None = option(
-        None, "instead: layers and the share of the prompt that is left after each, such as 8:0.5,16:0.25"
-    )
-    preset: str | None = option(
-        None, "where prompts merge: safe (late) or fast (the earlier the higher the rate)", choices=PROMPT_PRESETS
-    )
-    rule: str = option("importance", "how prompts become shorter", choices=RULES, metavar="NAME")
-    peft: str | None = option(None, "PEFT method beside tome and pyra: a method's name; lora by default")
     max_length: int | None = option(
         None, "tokens that are read, prompt and answer together; 512 by default, or what the backbone reads"
     )
     max_new_tokens: int = option(256, "tokens that are generated at most, for each answer")
     chat: bool = option(False, "give prompts through the tokenizer's chat template")
-    rank: int = option(8, "rank of LoRA and its kin")
-    targets: str | None = option(
-        None, "modules that LoRA and its kin adapt, such as q_proj,k_proj,v_proj,o_proj; PEFT's choice by default"
-    )
-    dropout: float = option(0.1, "dropout in the adapter")
-    epochs: float = option(3.0, "passes over the training examples")
-    batch_size: int = option(16, "examples a step, and a scored forward")
-    lr: float | None = option(None, "peak learning rate of AdamW; by default 1e-3 (linear), 2e-5 (full), 3e-4 (others)")
-    weight_decay: float = option(0.01, "decoupled weight decay")
-    accumulate: int = option(1, "parts a step's examples are forwarded in: less memory, the same step")
-    track: tuple[str, ...] = option(
-        (), "trackers that must be installed (tensorboard writes into RUN/logs)", choices=TRACKERS
-    )
-    save_steps: int = option(500, "steps between checkpoints, besides one at the end of each epoch")
-    seed: int = option(0, "random seed")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("float32", "precision of the forward", choices=("float32", "bfloat16", "float16"))
-    limit: int | None = option(None, "use this many examples of each split only (a fixed draw), to try things out")
-    output: str = option("runs/latest", "folder of the run")
-    overwrite: bool = option(False, "replace the run in --output")
-    resume: bool = option(False, "go on with what was interrupted in --output; a finished run is left as it is")
 
-    def __post_init__(self) -> None:
-        """Check all options together; raises :class:`ConfigError` with every problem."""
-        if isinstance(self.track, list):  # from JSON
-            self.track = tuple(self.track)
-        problems = type_problems(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
-        if problems:
-            raise ConfigError("; ".join(problems))
-        if not self.backbone.strip():
-            problems.append("--backbone is missing: give a folder that transformers has saved, or a name on the hub")
-        if self.method in _IMAGES_ALONE:
-            problems.append(f"--method {self.method} is made for images; one of {', '.join(METHODS)}")
-        problems += choice_problems(self, leave_out=("method",) if self.method in _IMAGES_ALONE else ())
-        problems += self._merging_problems()
+
+@dataclass(kw_only=True)
+class LanguageOptions(AdaptationOptions, _TaskOptions):
+    """One training run on a language task."""
+
+    method: str = option("lora", "how to adapt: see above", choices=tuple(METHODS), metavar="NAME")
+    lr: float | None = option(None, "peak learning rate of AdamW; by default 1e-3 (linear), 2e-5 (full), 3e-4 (others)")
+
+    def _usual_learning_rate(self) -> float:
+        return 1e-3 if self.method == "linear" else super()._usual_learning_rate()
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
         if self.root is not None and self.data is not None:
             problems.append("give --root or --data, not both")
-        numbers = ("rank", "epochs", "batch_size", "lr", "max_length", "max_new_tokens", "limit", "accumulate",
-                   "save_steps")  # fmt: skip
-        problems += bound_problems(self, ABOVE_0, numbers)
-        problems += bound_problems(self, BELOW_1, ("dropout",))
-        problems += bound_problems(self, AT_LEAST_0, ("weight_decay",))
-        problems += bound_problems(self, SEED, ("seed",))
-        if re.fullmatch(DEVICES, self.device) is None:
-            problems.append(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
-        if not self.output.strip():
-            problems.append("--output is empty; give a folder")
+        problems += bound_problems(self, ABOVE_0, ("max_length", "max_new_tokens"))
         if self.method == "linear" and self.answer not in (None, "head"):
             problems.append(f"--method linear trains a head: --answer {self.answer} has none")
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate: the one that was given, or that of the method."""
-        return _LEARNING_RATES.get(self.method, 3e-4) if self.lr is None else self.lr
-
-    @property
-    def label(self) -> str:
-        """What tables call the method: ``pyra``, ``tome``, a rule that is not importance, and PEFT other than LoRA."""
-        named = self.rule if self.rule in CONTROLS else self.method
-        named = f"{named}-bipartite" if self.rule == "bipartite" else named
-        return named if self.peft in (None, "lora") else f"{named}+{self.peft}"
-
-    @property
-    def merges(self) -> bool:
-        """Whether prompts become shorter."""
-        return self.method in MERGING
-
-    def pyra_config(self) -> PyraConfig | None:
-        """Return what to merge, or None."""
-        if not self.merges:
-            return None
-        return PyraConfig(
-            rate=self.rate,
-            keep=None if self.keep is None else parse_keep(self.keep),
-            preset=self.preset,
-            rule=self.rule,
-            reactivation=self.method == "pyra",
-        )
-
-    def peft_config(self) -> Any:
-        """Return the PEFT method, or None."""
-        method = (self.peft or "lora") if self.merges else self.method
-        if method not in PEFT_METHODS:
-            return None
-        targets = None if self.targets is None else [target.strip() for target in self.targets.split(",")]
-        return peft_config(method, self.rank, self.dropout, targets)
-
-    def _merging_problems(self) -> list[str]:
-        given = [name for name in ("rate", "keep", "preset", "peft") if getattr(self, name) is not None]
-        given += ["rule"] if self.rule != "importance" else []
-        if not self.merges:
-            return [
-                f"--method {self.method} merges no tokens: leave --{name} out, or use tome or pyra" for name in given
-            ]
-        problems = []
-        if not {"rate", "keep", "preset"} & set(given):
-            problems.append(f"--method {self.method} needs --rate, such as 0.5 for half of a prompt's cost (or --keep)")
-        if self.peft is not None and (self.peft not in PEFT_METHODS or self.peft in _IMAGES_ALONE):
-            problems.append(f"--peft {self.peft} is none of {', '.join(m for m in PEFT_METHODS if m in METHODS)}")
-        if self.rate is not None and self.keep is not None:
-            problems.append("--rate finds the layers that --keep names: give one of them")
-        if self.method == "pyra" and self.rule in CONTROLS:
-            problems.append(f"--rule {self.rule} merges nothing that could be re-activated: take --method tome")
-        try:
-            if not problems:
-                self.pyra_config()
-        except ConfigError as error:
-            problems.append(str(error).removeprefix("PyraConfig: "))
         return problems
-
-
-def parse_keep(text: str) -> dict[int, float]:
-    """Read ``8:0.5,16:0.25``.
-
-    Raises:
-        ConfigError: for any other text.
-
-    >>> parse_keep("8:0.5,16:0.25")
-    {8: 0.5, 16: 0.25}
-    """
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return {int(layer): float(share) for layer, share in pairs}
-    except ValueError:
-        raise ConfigError(f"--keep must be layers and shares such as 8:0.5,16:0.25, got {text!r}") from None

@@ -18,6 +18,7 @@ from pyra.adapters.methods import refuse_rank
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
+from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.cards import TextCard
 from pyra.tasks.language.data import TextTask, examples_digest, load_text_task
 from pyra.tasks.language.models import (
@@ -95,7 +96,7 @@ def new_subject(options: LanguageOptions, task: TextTask) -> Subject:
     return Subject(model, encoder, max_length, answer)
 
 
-def adapted(model: nn.Module, options: LanguageOptions) -> nn.Module:
+def adapted(model: nn.Module, options: AdaptationOptions) -> nn.Module:
     """Adapt a model as the options say."""
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if width is not None:
@@ -113,12 +114,17 @@ def save_language_run(folder: Path, begin: Begin, labels: Sequence[str]) -> None
         begin: what it is begun with, of :func:`begin_run`.
         labels: of its task.
     """
+    save_begin(folder, begin)
+    write_json(folder / _LABELS, list(labels))
+
+
+def save_begin(folder: Path, begin: Begin) -> None:
+    """Write the options of a run, on what data it is made, and of which weights."""
     write_json(folder / DATA, begin.data)
     weights = weights_record(begin.options["backbone"])
     if weights is not None:
         write_json(folder / _BACKBONE, {"files": weights})
     write_json(folder / OPTIONS, begin.options)
-    write_json(folder / _LABELS, list(labels))
 
 
 def begin_run(options: LanguageOptions, task: TextTask | None = None, left_out: int = 0) -> Begin:
@@ -176,7 +182,7 @@ def load_language_run(folder: str | Path) -> tuple[Subject, LanguageOptions, Tex
     """
     folder = Path(folder)
     options = read_language_options(folder)
-    _check_same_weights(folder, options)
+    check_same_weights(folder, options)
     task = load_text_task(options.task, options.root, options.data)
     _check_same_data(folder, task)
     subject = new_subject(options, task)
@@ -184,7 +190,8 @@ def load_language_run(folder: str | Path) -> tuple[Subject, LanguageOptions, Tex
     return Subject(model, subject.encoder, subject.max_length, subject.answer), options, task
 
 
-def _check_same_weights(folder: Path, options: LanguageOptions) -> None:
+def check_same_weights(folder: Path, options: AdaptationOptions) -> None:
+    """Raise :class:`CheckpointError` where the backbone of a run is gone, or has other weights than it had then."""
     if not (folder / _BACKBONE).is_file():
         return
     stored = _read(folder, _BACKBONE)

@@ -5,7 +5,7 @@ Padding is done here, with ids of our own choosing, so that tokenizers without a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -35,11 +35,13 @@ class Encoder:
         tokenizer: of transformers.
         chat: give prompts through the tokenizer's chat template, as what the user says.
         kinds: say which of two texts a token is of, where the tokenizer does; not every model takes that.
+        values: what the chat template is given beside the messages, such as a switch for thinking.
     """
 
     tokenizer: Any = field(repr=False)
     chat: bool = False
     kinds: bool = True
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def pad_id(self) -> int:
@@ -70,7 +72,7 @@ class Encoder:
         whole = [self._encode(framed + separator + answer) for answer in answers]
         if not self._encode(framed):
             whole = [start + ids for ids in whole]
-        shared = min(min(_common(start, ids), len(ids) - 1) for ids in whole)  # an answer has a token of its own
+        shared = min(min(common_length(start, ids), len(ids) - 1) for ids in whole)  # an answer has a token of its own
         if not shared:  # all of the prompt was joined with the answers
             whole, shared = [[self._first, *ids] for ids in whole], 1
         return [Answered(ids, shared) for ids in whole]
@@ -88,12 +90,49 @@ class Encoder:
     def _framed(self, prompt: str) -> str:
         if not self.chat:
             return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self.chat_text([{"role": "user", "content": prompt}], asks=True)
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], *, asks: bool = False, values: Mapping[str, Any] | None = None
+    ) -> str:
+        """Return a chat as the tokenizer's template writes it.
+
+        Args:
+            messages: turns with role and content.
+            asks: end where the assistant is to go on.
+            values: more for the template, before those of the encoder.
+
+        Raises:
+            ValueError: where the template fails, in one line.
+        """
+        given = {**self.values, **(values or {}), "tokenize": False, "add_generation_prompt": asks}
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **given))
+        except Exception as error:  # of a template, which may raise what it pleases
+            raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+    def going_on(self, prompt: str, answer: str) -> Answered:
+        """Encode a text of :meth:`chat_text` and what goes on from it; the template has written a text's first token.
+
+        They are encoded together, as text is: where that joins the last letters of the prompt with the answer, the
+        answer begins before them.
+        """
+        start = self._plain(prompt) or [self._first]
+        ids = self._plain(prompt + answer)
+        shared = min(common_length(start, ids), len(ids) - 1)
+        return Answered(ids, shared) if shared > 0 else Answered([self._first, *ids], 1)
+
+    @property
+    def starting(self) -> list[int]:
+        """Special tokens that the tokenizer puts before every text."""
+        return self._added[0]
 
     def _encode(self, text: str) -> list[int]:
         before = [] if self.chat else self._added[0]  # a chat template writes its own
-        return [*before, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        return [*before, *self._plain(text)]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:
@@ -132,7 +171,7 @@ def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning of two rows."""
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return how long the common beginning of two rows or texts is."""
     equal = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(equal, min(len(first), len(second)))

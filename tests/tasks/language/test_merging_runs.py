@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyra import PyraConfig, wrap
 from pyra.scripts.main import main
+from pyra.tasks.language.adaptation import parse_keep
 from pyra.tasks.language.evaluation import Evaluation, evaluate_language_run
 from pyra.tasks.language.models import _ON_A_CPU, count_macs, count_plain_macs
-from pyra.tasks.language.options import LanguageOptions, parse_keep
+from pyra.tasks.language.options import LanguageOptions
 from pyra.tasks.language.runs import load_language_run
 from pyra.tasks.language.scoring import log_likelihoods
 from pyra.tasks.language.tokens import Answered

@@ -1,0 +1,57 @@
+"""``pyra dpo``: train a decoder to prefer some answers to others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pyra.scripts.cli import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, print the result as a table."""
+    from pyra.tasks.posttraining.dpo_options import DpoOptions
+    from pyra.tasks.posttraining.options import METHODS, listed
+
+    options = parse(
+        DpoOptions,
+        argv,
+        prog="pyra dpo",
+        description=(
+            "Train a decoder on preferences (DPO, arXiv 2305.18290): rows of prompt, chosen and rejected, text or "
+            "messages.\nThe prompt's tokens may merge. Scored is the share of held-out pairs whose chosen answer has "
+            "gained more\nthan the rejected one, against the reference.\n\n"
+            f"methods:\n{listed(METHODS)}"
+        ),
+        example=(
+            "pyra dpo --adapter runs/sft --data pairs.jsonl --output runs/dpo\n"
+            "  pyra dpo --backbone models/smollm2 --data pairs/ --method pyra --rate 0.5 --beta 0.05"
+        ),
+    )
+    from pyra.tasks.fitting import processes
+    from pyra.tasks.quiet import quiet_libraries
+
+    quiet_libraries()
+    from pyra.tasks.posttraining.dpo import train_dpo
+    from pyra.tasks.reports import results_table
+
+    try:
+        result, notes = train_dpo(options)
+        if not processes.is_main():
+            return 0
+        print(results_table([result]))
+        for note in notes:
+            print(note)
+        print(
+            f"{result.num_test} pairs scored; trained on {result.train_tokens or 0:,} tokens of answers in "
+            f"{result.train_seconds or 0:.0f} s; saved to {options.output}"
+        )
+        return 0
+    finally:
+        processes.leave()
+
+
+if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
+    from pyra.scripts.main import main as pyra
+
+    sys.exit(pyra(["dpo", *sys.argv[1:]]))
