@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyra.export.exporting import export_model
     from pyra.export.formats import FORMATS
     from pyra.export.hf import load_model
+    from pyra.export.int4 import write_int4
     from pyra.export.loading import Exported, load_exported
     from pyra.export.report import Comparison, ExportReport
 
@@ -23,9 +24,19 @@ _HOMES = {
     "export_model": "exporting",
     "load_exported": "loading",
     "load_model": "hf",
+    "write_int4": "int4",
 }
 
-__all__ = ["FORMATS", "Comparison", "ExportReport", "Exported", "export_model", "load_exported", "load_model"]
+__all__ = [
+    "FORMATS",
+    "Comparison",
+    "ExportReport",
+    "Exported",
+    "export_model",
+    "load_exported",
+    "load_model",
+    "write_int4",
+]
 
 
 def __getattr__(name: str) -> Any:
