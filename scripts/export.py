@@ -110,7 +110,7 @@ def _language(options: ExportOptions) -> int:
     if options.rate is not None or options.images != _IMAGES:
         name = "--rate" if options.rate is not None else "--images"
         raise ConfigError(f"{name} is for image models: engines compute whole prompts of a language model")
-    folders = output_folders(options.run, formats, options.output)
+    folders = output_folders(options.run, formats, options.output, options.overwrite)
     subject = language_subject(options.run)
     exports = [
         export_language(

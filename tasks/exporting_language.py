@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from pyra.backbones import unwrap, wrapped_schedule
 from pyra.backbones.joyai import MODEL_TYPES
-from pyra.errors import ConfigError, OutputError
+from pyra.errors import ConfigError, DataError, OutputError
+from pyra.experts.quantising import quantising_config, undo_fake_quantise
 from pyra.export.engine_config import family_named
 from pyra.export.engine_record import EngineRecord
 from pyra.export.engine_tokenizer import PROBES
 from pyra.export.language import LanguageModel, export_language_model
 from pyra.export.language_formats import LANGUAGE_FORMATS, language_format
+from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.answer_loss import AnswerLoss, answer_rows
 from pyra.tasks.language.compression import is_compression
 from pyra.tasks.language.data import load_text_task
@@ -30,18 +32,35 @@ from pyra.tasks.language.models import (
     prompt_masks,
     read_config,
 )
-from pyra.tasks.language.runs import is_language_run, load_language_run, read_language_options, resolve_answer
+from pyra.tasks.language.runs import (
+    Subject,
+    is_language_run,
+    load_language_run,
+    read_language_options,
+    resolve_answer,
+)
+from pyra.tasks.language.thinking import thinking_switch
 from pyra.tasks.language.tokens import Answered
-from pyra.tasks.output import staged_output
+from pyra.tasks.output import check_output, staged_output
+from pyra.tasks.posttraining.chat import read_chats
+from pyra.tasks.posttraining.encoding import encode_chats
+from pyra.tasks.posttraining.options import PostTrainingOptions
+from pyra.tasks.posttraining.preferences import encode_pairs, read_pairs
+from pyra.tasks.posttraining.rows import read_rows
+from pyra.tasks.posttraining.runs import load_posttrained, read_posttraining_options, run_kind
 from pyra.tasks.runs import OPTIONS
 
 _COMPARED, _LONGEST = 4, 256  # rows whose logits are compared, and how much of each
 _MEASURED = 16  # examples that whole prompts are measured on, where the model was trained on shorter ones
+_GENERATED = 16  # tokens of an answer that the model gives itself
 _TOKENS = 1024  # a prompt that its rate is counted for
 
 WHOLE_PROMPTS = (
     "engines compute whole prompts: nothing merges there, and the re-activation weights, which only merged tokens "
     "need, are left out"
+)
+_TRAINED_ROUNDED = (
+    "experts were trained as INT4 rounds them: engine-int4 writes what was trained, other formats its float weights"
 )
 
 
@@ -56,7 +75,7 @@ class ExportedLanguage:
 def is_language_source(folder: str | Path) -> bool:
     """Whether a folder holds a language model of any kind that :func:`language_subject` reads."""
     folder = Path(folder).expanduser()
-    if is_language_run(folder) or is_compression(folder):
+    if is_language_run(folder) or run_kind(folder) is not None or is_compression(folder):
         return True
     if (folder / OPTIONS).is_file() or not (folder / "config.json").is_file():
         return False
@@ -77,6 +96,8 @@ def language_subject(folder: str | Path) -> LanguageModel:
     folder = Path(folder).expanduser()
     if is_language_run(folder):
         return _of_run(folder)
+    if run_kind(folder) is not None:
+        return _of_posttraining(folder)
     family_named(read_config(str(folder)).model_type)
     tokenizer = load_tokenizer(str(folder))
     model = load_decoder(str(folder)).requires_grad_(False)
@@ -96,15 +117,61 @@ def _of_run(folder: Path) -> LanguageModel:
         )
     subject, _, task = load_language_run(folder)
     rows, _, _ = answer_rows(subject.encoder, task.split("test", _MEASURED), subject.max_length)
+    return _trained(folder, subject, options, rows)
+
+
+def _of_posttraining(folder: Path) -> LanguageModel:
+    family_named(read_config(read_posttraining_options(folder).backbone).model_type)
+    subject, options = load_posttrained(folder)
+    return _trained(folder, subject, options, answers_of(subject, options))
+
+
+def answers_of(subject: Subject, options: PostTrainingOptions) -> list[Answered]:
+    """Return held-out answers of a run of post-training, or else what the model itself answers to a few prompts.
+
+    Its data may be gone, and the rows of reinforcement learning have no answers.
+    """
+    switch = thinking_switch(subject.encoder.tokenizer)
+    try:
+        rows = read_rows(options.data, options.held_out, options.limit).test[:_MEASURED]
+        if options.kind == "sft":
+            return encode_chats(read_chats(rows, switch), subject.encoder, subject.max_length, "last").rows
+        if options.kind == "dpo":
+            pairs = encode_pairs(read_pairs(rows, switch), subject.encoder, subject.max_length).pairs
+            return [pair.chosen for pair in pairs]
+    except (ConfigError, DataError):
+        pass
+    return [_generated(subject, subject.encoder.prompt(text)) for text in PROBES]
+
+
+def _generated(subject: Subject, prompt: list[int]) -> Answered:
+    model: Any = subject.model
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_GENERATED,
+            do_sample=False,
+            pad_token_id=subject.encoder.pad_id,
+        )
+    return Answered(found[0].tolist(), len(prompt))
+
+
+def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: Sequence[Answered]) -> LanguageModel:
+    """Return a trained model, nothing merging or rounded any more, with what that was."""
+    rounding = quantising_config(subject.model)
     merging = whole_prompts(subject.model, rows)
-    source = f"a run, {folder.name}: {options.label} of {Path(options.backbone).name}"
+    model = undo_fake_quantise(subject.model)
     return LanguageModel(
-        subject.model,
+        model,
         subject.encoder.tokenizer,
         [row.ids[:_LONGEST] for row in rows[:_COMPARED]],
-        source,
+        f"a run, {folder.name}: {options.label} of {Path(options.backbone).name}",
+        group=None if rounding is None else rounding.group_size,
         merging=merging,
-        **_told(options.backbone, subject.model),
+        notes=[] if rounding is None else [_TRAINED_ROUNDED],
+        **_told(options.backbone, model),
     )
 
 
@@ -197,17 +264,22 @@ def export_language(
     return ExportedLanguage(Path(folder), record)
 
 
-def output_folders(run: str | Path, formats: Sequence[str], output: str | None) -> list[Path]:
+def output_folders(run: str | Path, formats: Sequence[str], output: str | None, overwrite: bool = False) -> list[Path]:
     """Return the folder of each format: ``output`` itself for one format, and a folder below it for each of several.
 
     Raises:
-        OutputError: where there is no ``output`` and the model is no run, which has a place for exports.
+        OutputError: where there is no ``output`` and the model is no run, which has a place for exports; and where one
+            of the folders could not be written to.
     """
     if output is None and not is_run(run):
         raise OutputError(f"{run} is no run, and exports would lie among its files: give --output FOLDER")
     if output is None:
-        return [Path(run) / "export" / name for name in formats]
-    return [Path(output)] if len(formats) == 1 else [Path(output) / name for name in formats]
+        folders = [Path(run) / "export" / name for name in formats]
+    else:
+        folders = [Path(output)] if len(formats) == 1 else [Path(output) / name for name in formats]
+    for folder in folders:
+        check_output(folder, "export", overwrite)
+    return folders
 
 
 def is_run(folder: str | Path) -> bool:

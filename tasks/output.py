@@ -166,6 +166,23 @@ def staged_output(
         os.close(lock)
 
 
+def check_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False) -> None:
+    """Raise the :class:`OutputError` that :func:`staged_output` would begin with; nothing is written.
+
+    For work that takes long before it has something to write.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        _refuse_dangerous(folder, kind)
+        if folder.is_dir():
+            _earlier(folder, kind, overwrite)
+    except OutputError:
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OutputError(f"cannot write to {folder}: {reason}; choose another --output") from None
+
+
 @contextmanager
 def held_output(
     folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False, resume: bool = False

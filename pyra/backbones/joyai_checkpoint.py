@@ -172,11 +172,11 @@ def _method(holder: Any) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def mtp_weights(checkpoint: Checkpoint, model: JoyAIForCausalLM) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's MTP layers for a model, as floats where they are quantised.
+def mtp_weights(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
+    """Read the MTP weights of a checkpoint for a model, as floats of its type where they are quantised.
 
     Raises:
-        CheckpointError: where there are none, or those of a model of another depth or width.
+        CheckpointError: where there are none, or those of another width.
     """
     if not checkpoint.mtp:
         raise CheckpointError(f"{checkpoint.folder} holds no MTP weights")

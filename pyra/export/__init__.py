@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyra.export.exporting import export_model
     from pyra.export.formats import FORMATS
     from pyra.export.hf import load_model
+    from pyra.export.int4 import write_int4
     from pyra.export.language import LanguageModel, export_language_model
     from pyra.export.language_formats import LANGUAGE_FORMATS
     from pyra.export.loading import Exported, load_exported
@@ -30,6 +31,7 @@ _HOMES = {
     "export_model": "exporting",
     "load_exported": "loading",
     "load_model": "hf",
+    "write_int4": "int4",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "export_model",
     "load_exported",
     "load_model",
+    "write_int4",
 ]
 
 

@@ -12,14 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from pyra.backbones.joyai_checkpoint import CONFIG, check_checkpoint, mtp_weights
 from pyra.errors import CheckpointError, ExportError
+from pyra.experts.layers import expert_layers
+from pyra.experts.quantising import QuantisingConfig, refuse_unfit, rounded
 from pyra.export.engine_check import check_engine_folder
 from pyra.export.engine_config import engine_values, family_of
 from pyra.export.engine_names import DEEPSEEK
 from pyra.export.engine_tokenizer import write_tokenizer
 from pyra.export.engine_weights import SHARD, stored_tensors, write_weights
+from pyra.export.int4 import quantization_config
 from pyra.export.language import LanguageModel, Reloaded, Written, row_logits
 from pyra.files import write_json
 
+_GROUPS = (64, 32, 16, 8)  # inputs that share a scale, the first that divides all widths
 _NO_MTP = "no weights for multi-token prediction: num_nextn_predict_layers is 0"
 _OTHER_EXPERTS = "the MTP layer has another number of experts than the model now has: it was left out"
 _DENSE_MTP = (
@@ -30,16 +34,41 @@ _DENSE_MTP = (
 def write(subject: LanguageModel, folder: Path, weights: str, *, shard: int = SHARD) -> Written:
     """Write configuration, weights and tokenizer, and hold them against each engine's list."""
     model: Any = subject.model
-    dtype: torch.dtype = getattr(torch, weights)
+    rounding = _rounding(subject, weights)
+    dtype = _dtype(subject, weights)
     drafting, mtp = _mtp(subject, dtype)
-    values = engine_values(model, weights, mtp["layers"])
-    stored = stored_tensors(model, dtype)
+    values = engine_values(model, str(dtype).removeprefix("torch."), mtp["layers"])
+    if rounding is not None:
+        values["quantization_config"] = quantization_config(rounding.group_size)
+    stored = stored_tensors(model, dtype, rounding)
     write_weights(stored, folder, drafting, shard)
     write_json(folder / CONFIG, values)
     tokenizer = write_tokenizer(subject.tokenizer, subject.files, model, folder)
     engines = check_engine_folder(folder)
     notes = [] if tokenizer["same_ids"] else [_OTHER_START]
     return Written(values["model_type"], sum(one.value.numel() for one in stored), engines, mtp, tokenizer, notes)
+
+
+def _dtype(subject: LanguageModel, weights: str) -> torch.dtype:
+    """Return what floats are written in: beside INT4 experts, what the backbone's own are."""
+    found: torch.dtype = getattr(torch, subject.dtype if weights == "int4" else weights)
+    return found
+
+
+def _rounding(subject: LanguageModel, weights: str) -> QuantisingConfig | None:
+    """Return how routed experts are rounded; None for floats.
+
+    Raises:
+        UnsupportedModelError: for INT4 of a model without routed experts.
+        ConfigError: where no group of at most 64 divides their widths, or they hold rounded weights already.
+    """
+    if weights != "int4":
+        return None
+    widths = [layer.experts.down_proj.shape[1:] for layer in expert_layers(subject.model).values()]
+    fitting = (size for size in _GROUPS if not any(side % size for sides in widths for side in sides))
+    config = QuantisingConfig(group_size=subject.group or next(fitting, _GROUPS[0]))
+    refuse_unfit(subject.model, config)
+    return config
 
 
 _OTHER_START = (
@@ -91,17 +120,20 @@ def reload(subject: LanguageModel, folder: Path, weights: str, rows: Sequence[Se
         raise ExportError(f"transformers misses {odd[0]} and {len(odd) - 1} more in what was written")
     if not type(model).__module__.startswith("transformers."):
         raise ExportError(f"the folder opens as {type(model).__module__}.{type(model).__name__}, not as a stock model")
-    difference = _weight_difference(subject.model, model.eval(), getattr(torch, weights))
+    difference = _weight_difference(subject, model.eval(), weights)
     if difference:
         raise ExportError(f"a weight that was read back is {difference:.3g} from the model's; nothing was written")
     return Reloaded(f"transformers {type(model).__name__}", row_logits(model, rows), difference)
 
 
-def _weight_difference(own: Any, found: Any, dtype: torch.dtype) -> float:
-    """Return the largest difference of a weight from the model's, rounded to what was written."""
+def _weight_difference(subject: LanguageModel, found: Any, weights: str) -> float:
+    """Return the largest difference of a weight from the model's, cast or rounded to what was written."""
+    rounding, dtype = _rounding(subject, weights), _dtype(subject, weights)
     theirs, largest = found.state_dict(), 0.0
-    for name, value in own.state_dict().items():
-        kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-        rounded = value.detach().to(kind).float().cpu()
-        largest = max(largest, float((rounded - theirs[name].float()).abs().max()))
+    for name, value in subject.model.state_dict().items():
+        if rounding is not None and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            own = rounded(value.detach(), rounding)
+        else:
+            own = value.detach().to(torch.float32 if name.endswith("e_score_correction_bias") else dtype)
+        largest = max(largest, float((own.float().cpu() - theirs[name].float()).abs().max()))
     return largest

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from pyra.backbones.joyai_folder import INDEX, MTP, SINGLE
 from pyra.checkpoints import writing
 from pyra.errors import ExportError, UnsupportedModelError
+from pyra.experts.quantising import QuantisingConfig, quantise
 from pyra.export.engine_config import family_of
 from pyra.export.engine_names import DEEPSEEK
+from pyra.export.int4 import pack
 from pyra.files import write_json
 
 SHARD = 5_000_000_000
@@ -25,30 +27,50 @@ _STACKED, _DOWN, _BIAS = ".experts.gate_up_proj", ".experts.down_proj", ".e_scor
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as it is written: a view of a parameter, which is cast when its shard is."""
+    """A tensor as it is written: a view of a parameter, which is cast or rounded when its shard is.
+
+    Attributes:
+        name: in the checkpoint.
+        value: the view.
+        dtype: it is written in.
+        rounding: how it is rounded to integers; None for floats.
+    """
 
     name: str
     value: Tensor
     dtype: torch.dtype
+    rounding: QuantisingConfig | None = None
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
-        return self.value.numel() * self.dtype.itemsize
+        """Bytes in the file; of integers about."""
+        if self.rounding is None:
+            return self.value.numel() * self.dtype.itemsize
+        return self.value.numel() * self.rounding.bits // 8 + self.value.numel() // self.rounding.group_size * 4
 
-    def cast(self) -> Tensor:
-        """Return a tensor of its own, on the CPU; raises :class:`ExportError` for numbers that it cannot hold."""
-        found = self.value.detach().to(device="cpu", dtype=self.dtype, copy=True).contiguous()
-        if not found.isfinite().all():
+    def parts(self) -> dict[str, Tensor]:
+        """Return tensors of their own, on the CPU; raises :class:`ExportError` for numbers that they cannot hold."""
+        own = self.value.detach().cpu()
+        cast = own.to(self.dtype, copy=True).contiguous()
+        if not cast.isfinite().all():
             kind = str(self.dtype).removeprefix("torch.")
             raise ExportError(f"{self.name} has numbers that {kind} cannot hold: write engine-bf16 or engine-fp32")
-        return found
+        if self.rounding is None:
+            return {self.name: cast}
+        values, scale = quantise(own, self.rounding)
+        shape = torch.tensor(own.shape)
+        return {f"{self.name}_packed": pack(values), f"{self.name}_scale": scale, f"{self.name}_shape": shape}
 
 
-def stored_tensors(model: nn.Module, dtype: torch.dtype) -> list[Stored]:
+def stored_tensors(model: nn.Module, dtype: torch.dtype, rounding: QuantisingConfig | None = None) -> list[Stored]:
     """Return a model's tensors by the names of checkpoints: experts apart, a shared embedding once.
 
     Correction biases of routers stay in float32: they are added to scores, and choose experts.
+
+    Args:
+        model: folded, nothing merging.
+        dtype: of what stays float.
+        rounding: of routed experts; None for floats.
 
     Raises:
         UnsupportedModelError: for stacked weights that are no experts of DeepSeek-V3's kind.
@@ -59,7 +81,8 @@ def stored_tensors(model: nn.Module, dtype: torch.dtype) -> list[Stored]:
         if tied and name == "lm_head.weight":
             continue
         kind = torch.float32 if name.endswith(_BIAS) else dtype
-        found += [Stored(own, part, kind) for own, part in _apart(name, value)]
+        how = rounding if name.endswith((_STACKED, _DOWN)) else None
+        found += [Stored(own, part, kind, how) for own, part in _apart(name, value)]
     return found
 
 
@@ -89,18 +112,20 @@ def write_weights(stored: Iterable[Stored], folder: Path, mtp: Mapping[str, Tens
         mtp: weights of MTP layers, as they are written.
         shard: bytes of a file at most.
     """
-    parts = list(_sharded(stored, shard))
-    single = len(parts) == 1 and not mtp
+    shards = list(_sharded(stored, shard))
+    single = len(shards) == 1 and not mtp
     index: dict[str, str] = {}
-    for number, part in enumerate(parts, 1):
-        file = SINGLE if single else f"model-{number:05}-of-{len(parts):05}.safetensors"
-        _save({one.name: one.cast() for one in part}, folder / file)
-        index |= {one.name: file for one in part}
+    size = sum(value.nbytes for value in mtp.values())
+    for number, own in enumerate(shards, 1):
+        file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: part for one in own for name, part in one.parts().items()}
+        _save(tensors, folder / file)
+        index |= dict.fromkeys(tensors, file)
+        size += sum(part.nbytes for part in tensors.values())
     if mtp:
         _save(dict(mtp), folder / MTP)
         index |= dict.fromkeys(mtp, MTP)
     if not single:
-        size = sum(one.size for part in parts for one in part) + sum(value.nbytes for value in mtp.values())
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
 
 

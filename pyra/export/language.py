@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyra.backbones import wrapped_config
 from pyra.checkpoints import file_digest
 from pyra.errors import ConfigError, ExportError
+from pyra.experts.quantising import quantising_config
 from pyra.export.engine_config import family_of
 from pyra.export.engine_record import RECORD, EngineRecord
 from pyra.export.exporting import versions
@@ -36,6 +37,7 @@ class LanguageModel:
         files: folder its tokenizer's files are in; None where there is none.
         dtype: that the backbone's own weights are stored in, such as ``bfloat16``.
         mtp: checkpoint folder that may hold weights of MTP layers.
+        group: inputs that share a scale, where its experts were trained as INT4 rounds them.
         merging: where its prompts merge, what that is and what whole prompts change.
         notes: what a user should know.
     """
@@ -47,6 +49,7 @@ class LanguageModel:
     files: Path | None = None
     dtype: str = "float32"
     mtp: Path | None = None
+    group: int | None = None
     merging: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -113,6 +116,8 @@ def export_language_model(
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise ConfigError(f"the tolerance must be a number of at least 0, got {tolerance}")
     family_of(subject.model)
+    if quantising_config(subject.model) is not None:
+        raise ExportError("the model's experts are rounded in each forward: undo_fake_quantise it, and give its group")
     if wrapped_config(subject.model) is not None:
         raise ExportError("the model merges prompts, and engines keep one number of keys for all layers: unwrap it")
     weights = chosen.weights or subject.dtype

@@ -42,6 +42,12 @@ LANGUAGE_FORMATS: dict[str, LanguageFormat] = {
         LanguageFormat("engine", "what vLLM, SGLang and llama.cpp read, in the precision of the backbone"),
         LanguageFormat("engine-fp32", "the same in float32", "float32"),
         LanguageFormat("engine-bf16", "the same in bfloat16", "bfloat16"),
+        LanguageFormat(
+            "engine-int4",
+            "the same, routed experts in INT4 (compressed-tensors)",
+            "int4",
+            libraries=("compressed_tensors",),
+        ),
         _gguf("gguf", "one GGUF file for llama.cpp, in the precision of the backbone", None),
         _gguf("gguf-f32", "the same in float32", "float32"),
         _gguf("gguf-f16", "the same in float16", "float16"),
