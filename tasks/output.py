@@ -55,6 +55,17 @@ WRITTEN: dict[Kind, tuple[str, ...]] = {
         "README.md",
         "export.json",
         "measured.json",
+        "engine.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "model.gguf",
+        "generation_config.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab.*",
+        "merges.txt",
     ),
     "compression": (
         "compression.json",
@@ -153,6 +164,23 @@ def staged_output(
         raise
     finally:
         os.close(lock)
+
+
+def check_output(folder: str | os.PathLike[str], kind: Kind, overwrite: bool = False) -> None:
+    """Raise the :class:`OutputError` that :func:`staged_output` would begin with; nothing is written.
+
+    For work that takes long before it has something to write.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        _refuse_dangerous(folder, kind)
+        if folder.is_dir():
+            _earlier(folder, kind, overwrite)
+    except OutputError:
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OutputError(f"cannot write to {folder}: {reason}; choose another --output") from None
 
 
 @contextmanager
@@ -308,7 +336,9 @@ def _foreign(folder: Path, known: tuple[str, ...]) -> list[str]:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink() and _kind_of(entry) == "export":
             foreign += [f"{entry.name}/{inner}" for inner in _foreign(entry, _INSIDE["export"])]
-        elif entry.name not in known and entry.name not in _IGNORED and not entry.name.startswith(_PARTIAL):
+        elif entry.name in _IGNORED or entry.name.startswith(_PARTIAL):
+            continue
+        elif not any(fnmatch.fnmatch(entry.name, pattern) for pattern in known):
             foreign.append(entry.name)
     return sorted(foreign)
 

@@ -11,6 +11,7 @@ Letters: ``T`` tokens, ``k`` experts a token, ``S = T k`` rows, ``E`` experts, `
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyra.adapters.expert_lora.config import ExpertLoraConfig
+from pyra.errors import ConfigError
+from pyra.experts.quantising import FakeQuantisedExperts
 
 ALIGNED = 16
 """Bytes that rows start at multiples of in torch's grouped product."""
@@ -78,15 +81,22 @@ class ExpertFactors(nn.Module):
         added = _grouped(self.scaling * _grouped(entering, first, groups.ends), second, groups.ends)
         return product + added if groups.rows is None else product.index_add(0, groups.rows, added)
 
+    @torch.no_grad()
     def fold_into(self, experts: Any, sign: int) -> None:
         """Add ``sign * s B_e A_e`` to each adapted expert, in float32, one expert after another."""
         for projection, stack in _stacks(experts):
-            if not hasattr(self, f"{projection}_A"):
-                continue
-            first, second = (getattr(self, f"{projection}_{factor}").detach().float() for factor in "AB")
-            for place, expert in enumerate(self.index.tolist()):
-                update = (sign * self.scaling) * (second[place] @ first[place]).to(stack.device)
-                stack.data[expert] = (stack.data[expert].float() + update).to(stack.dtype)
+            for expert, weight in self.folded(projection, stack.data, sign):
+                stack.data[expert] = weight
+
+    def folded(self, projection: str, weights: Tensor | list[Tensor], sign: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield the adapted experts of a stack, each with its weight [out, in] and the update in it."""
+        if not hasattr(self, f"{projection}_A"):
+            return
+        first, second = (getattr(self, f"{projection}_{factor}").float() for factor in "AB")
+        for place, expert in enumerate(self.index.tolist()):
+            weight = weights[expert]
+            update = (sign * self.scaling) * (second[place] @ first[place]).to(weight.device)
+            yield expert, (weight.float() + update).to(weight.dtype)
 
     def extra_repr(self) -> str:
         """Return what is shown in ``print(model)``."""
@@ -152,7 +162,32 @@ class ExpertLoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not names:
             plain: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return plain
+        if isinstance(self.base_layer, FakeQuantisedExperts):  # what is rounded is what will be folded
+            stacks = self.folded_stacks(names)
+            whole: Tensor = self.base_layer.run(stacks, hidden_states, top_k_index, top_k_weights)
+            return whole
         return self._adapted([self.lora_experts[name] for name in names], hidden_states, top_k_index, top_k_weights)
+
+    def folded_stacks(self, names: list[str]) -> dict[str, Tensor]:
+        """Return the stacks with the factors of the named adapters in them, by the parameters' names.
+
+        They are those that :meth:`merge` makes, to the bit, and gradients reach the factors.
+
+        Raises:
+            ConfigError: where the factors have dropout in training: it drops inputs, which weights do not know of.
+        """
+        adapters: list[Any] = [self.lora_experts[name] for name in names]
+        if self.training and any(getattr(factors.dropout, "p", 0) for factors in adapters):
+            raise ConfigError("experts that train as they will be rounded take no lora_dropout: set it to 0")
+        stacks = {}
+        for projection, stack in _stacks(self.base_layer):
+            weights = list(stack.unbind())
+            with torch.autocast(stack.device.type, enabled=False):
+                for factors in adapters:
+                    for expert, weight in factors.folded(projection, weights):
+                        weights[expert] = weight
+            stacks[f"{projection}_proj"] = torch.stack(weights)
+        return stacks
 
     def _adapted(self, adapters: list[Any], hidden: Tensor, top_k_index: Tensor, gates: Tensor) -> Tensor:
         experts, (tokens, active) = self.base_layer, top_k_index.shape

@@ -128,7 +128,7 @@ def save_checkpoint(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} is there already: choose another folder")
     source = None if mtp is None else check_checkpoint(mtp)
-    drafting = {} if source is None else _mtp_weights(source, model)
+    drafting = {} if source is None else mtp_weights(source, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -172,7 +172,12 @@ def _method(holder: Any) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-def _mtp_weights(checkpoint: Checkpoint, model: JoyAIForCausalLM) -> dict[str, Tensor]:
+def mtp_weights(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
+    """Read the MTP weights of a checkpoint for a model, as floats of its type where they are quantised.
+
+    Raises:
+        CheckpointError: where there are none, or those of another width.
+    """
     if not checkpoint.mtp:
         raise CheckpointError(f"{checkpoint.folder} holds no MTP weights")
     own, theirs = ((each.num_hidden_layers, each.hidden_size) for each in (model.config, checkpoint.config))

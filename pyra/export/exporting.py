@@ -94,8 +94,8 @@ def export_model(
     chosen = format_named(format)
     if is_decoder(model):
         raise ExportError(
-            f"{type(model).__name__} reads words: exports are made for image models. Engines keep one number of keys "
-            "for all layers, which merged prompts do not have: fold the adapter, unwrap, and use save_pretrained"
+            f"{type(model).__name__} reads words: {format} is for image models; pyra.export.export_language_model and "
+            "`pyra export --format engine` write language models"
         )
     tolerance = _checked(chosen, example_input, tolerance, metadata, calibration)
     folder = Path(folder).expanduser()
@@ -230,13 +230,14 @@ def _record(
         tolerance=tolerance,
         megabytes=sum(files.values()) / 1e6,
         operators=operators,
-        environment=_versions(),
+        environment=versions(),
     )
 
 
-def _versions() -> dict[str, str]:
+def versions(more: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the versions of the libraries that exports are made with, where they are installed, and of ``more``."""
     found = {}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             found[name] = distributions.version(name)
         except distributions.PackageNotFoundError:
