@@ -12,7 +12,7 @@ from pyra.errors import ConfigError, DataError
 from pyra.tasks.fitting import processes
 from pyra.tasks.language.models import precision
 from pyra.tasks.language.runs import Subject
-from pyra.tasks.language.scoring import generate
+from pyra.tasks.language.scoring import Said, generate
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.posttraining.arithmetic import Problem, arithmetic_problems
 from pyra.tasks.posttraining.rewards import same_answers
@@ -98,9 +98,10 @@ def _is_turn(turn: Any) -> bool:
 
 @dataclass(frozen=True)
 class Marked:
-    """What a model answered, greedily, and whether that is right."""
+    """What a model answered, greedily, the tokens that took, and whether it is right."""
 
     texts: list[str]
+    tokens: list[int]
     right: list[bool]
 
     @property
@@ -128,8 +129,9 @@ def answer_questions(subject: Subject, questions: Sequence[Question], options: R
             batch_size=options.batch_size,
             description=said,
         )
-    found: dict[int, str] = {}
+    found: dict[int, Said] = {}
     for share in processes.gathered(dict(zip(positions, own, strict=True))):
         found |= share
-    texts = [found[place] for place in range(len(questions))]
-    return Marked(texts, same_answers(texts, [question.answer for question in questions]))
+    texts = [found[place].text for place in range(len(questions))]
+    tokens = [found[place].tokens for place in range(len(questions))]
+    return Marked(texts, tokens, same_answers(texts, [question.answer for question in questions]))

@@ -68,7 +68,7 @@ def summary(groups: Sequence[Group]) -> Table:
     header, in_cell = value_header(groups)
     columns[header] = [value_cell(one, in_cell) for one in groups]
     for name, title in (("answer_nll", ANSWER_NLL), ("answer_tokens", ANSWER_TOKENS)):
-        found = [None if one.baseline else one.average(name) for one in groups]
+        found = [None if one.baseline or one.row.metric == name else one.average(name) for one in groups]
         if any(value is not None for value in found):
             columns[title] = [number_text(value) for value in found]
     columns["seeds"] = [seeds_text(one) for one in groups]

@@ -60,7 +60,7 @@ def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) 
     columns["rate"] = [f"{row.rate:.2f}" for row in rows]
     header = value_name(rows)
     columns[header] = [("" if header != "value" else f"{_name(row)} ") + _value(row) for row in rows]
-    if any(row.answer_nll is not None for row in rows):
+    if any(row.answer_nll is not None and row.metric != "answer_nll" for row in rows):
         columns[ANSWER_NLL] = [_number(row.answer_nll) for row in rows]
     if any(row.answer_tokens is not None for row in rows):
         columns[ANSWER_TOKENS] = [_number(row.answer_tokens) for row in rows]
