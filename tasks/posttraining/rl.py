@@ -75,6 +75,12 @@ def train_rl(
     notes += [
         f"reward {one.__name__}: no number for {one.failed} of {one.samples} answers" for one in guarded if one.failed
     ]
+    alike = [one["groups_alike"] for one in work.curves if "groups_alike" in one]
+    if alike and min(alike) == 1:
+        notes.append(
+            "nothing was learnt: answers to one prompt were never rewarded differently; try easier problems, a reward "
+            "that more answers earn (--rewards answer,form), or a larger --group"
+        )
     return result, notes, work.curves
 
 
