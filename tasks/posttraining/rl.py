@@ -30,6 +30,7 @@ from pyra.tasks.training import ready, refuse_output_in_data
 
 METRIC = "accuracy"
 PICTURE = "curves.png"
+_REFERENCE = "ref"  # adapter that trl adds where --beta asks for the model before the training
 _FIRST = 5  # rollouts at either end that a summary is of
 
 Reward = Callable[..., Sequence[float | None]]
@@ -124,6 +125,8 @@ def fit_policy(
 
     logged = [*CURVES, *(f"rewards/{one.__name__}/failed" for one in rewards)]
     fitted = fit_with(make, model, options, folder, device, len(questions), logged)
+    if _REFERENCE in getattr(model, "peft_config", {}):
+        model.delete_adapter(_REFERENCE)  # type: ignore[operator]
     return dataclasses.replace(fitted, losses=curves_of(fitted.losses))
 
 

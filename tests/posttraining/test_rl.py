@@ -101,6 +101,19 @@ def test_prompts_that_merge_are_trained_and_answered_merged(backbone: str, tmp_p
     assert result.adapter is not None and result.adapter["pyra"]["keep"] == {"0": 0.5}
 
 
+def test_the_divergence_from_the_model_before_is_kept_small(backbone: str, tmp_path: Path) -> None:
+    text = " ".join(["a fine film"] * 12)
+    data = tmp_path / "problems.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"prompt": f"{text} {n} ?", "answer": n}) for n in range(12)), encoding="utf-8"
+    )
+    chosen = options(backbone, tmp_path / "run", data=str(data), method="pyra", keep="0:0.5", beta=0.5)
+    _, _, curves = train_rl(chosen, {"digits": digits})
+    assert abs(curves[0]["kl"]) < 1e-6 < curves[-1]["kl"]
+    names = [path.name for path in (tmp_path / "run" / "adapter").rglob("*")]
+    assert "adapter_model.safetensors" in names and "ref" not in names
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +192,7 @@ def test_nothing_to_learn_is_told(backbone: str, tmp_path: Path) -> None:
         ({"task": None}, "--data is missing"),
         ({"task": "arithmetic", "data": "x.jsonl"}, "give --data or --task, not both"),
         ({"updates": 0}, "--updates must be above 0"),
+        ({"beta": 0.1, "method": "full"}, "--beta needs an adapter"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(
