@@ -30,6 +30,7 @@ from pyra.tasks.training import ready, refuse_output_in_data
 
 METRIC = "accuracy"
 PICTURE = "curves.png"
+_REFERENCE = "ref"  # adapter that trl adds where --beta asks for the model before the training
 _FIRST = 5  # rollouts at either end that a summary is of
 
 Reward = Callable[..., Sequence[float | None]]
@@ -75,6 +76,12 @@ def train_rl(
     notes += [
         f"reward {one.__name__}: no number for {one.failed} of {one.samples} answers" for one in guarded if one.failed
     ]
+    alike = [one["groups_alike"] for one in work.curves if "groups_alike" in one]
+    if alike and min(alike) == 1:
+        notes.append(
+            "nothing was learnt: answers to one prompt were never rewarded differently; try easier problems, a reward "
+            "that more answers earn (--rewards answer,form), or a larger --group"
+        )
     return result, notes, work.curves
 
 
@@ -118,6 +125,8 @@ def fit_policy(
 
     logged = [*CURVES, *(f"rewards/{one.__name__}/failed" for one in rewards)]
     fitted = fit_with(make, model, options, folder, device, len(questions), logged)
+    if _REFERENCE in getattr(model, "peft_config", {}):
+        model.delete_adapter(_REFERENCE)  # type: ignore[operator]
     return dataclasses.replace(fitted, losses=curves_of(fitted.losses))
 
 

@@ -25,7 +25,7 @@ REWARDS = {
     "length": "from 0 down to -1 for answers longer than half of --max-new-tokens",
 }
 TASKS = ("arithmetic",)
-_FLAGS = ("c-plus", "c-minus", "fiber-eps")
+_FLAGS = ("--c-plus", "--c-minus", "--fiber-eps")
 
 
 @dataclass(kw_only=True)
@@ -74,12 +74,16 @@ class RlOptions(PostTrainingOptions):
         above = ("group", "updates", "temperature", "max_new_tokens", "problems", "test_problems", "clip")
         problems += bound_problems(self, ABOVE_0, above)
         problems += bound_problems(self, AT_LEAST_0, ("beta",))
-        problems += [f"--{one}" for one in budget_problems(self.c_plus, self.c_minus, self.fiber_eps, _FLAGS)]
+        problems += budget_problems(self.c_plus, self.c_minus, self.fiber_eps, _FLAGS)
         problems += self._rollout_problems()
         if not self.rewards or len(set(self.rewards)) < len(self.rewards):
             problems.append(f"--rewards must be some of {', '.join(REWARDS)}, each once")
         if self.algorithm == "fiberpo" and self.clip is not None:
             problems.append("--clip is of grpo and gspo: fiberpo has --c-plus, --c-minus and --fiber-eps")
+        if self.beta and self.method == "full":
+            problems.append(
+                "--beta needs an adapter, which is switched off to compare with: take --method lora"
+            )
         if self.method == "adalora" or self.peft == "adalora":
             problems.append("adalora moves its ranks by a schedule of its own, which rollouts do not fit: take lora")
         try:

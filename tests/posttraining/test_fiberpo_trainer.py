@@ -199,9 +199,7 @@ def test_several_updates_drift_and_the_first_of_a_rollout_does_not(
 
 
 @pytest.mark.parametrize("rule", ["importance", "drop"])
-def test_rollouts_and_loss_merge_the_same_prompts(
-    words: PreTrainedTokenizerFast, tmp_path: Path, rule: str
-) -> None:
+def test_rollouts_and_loss_merge_the_same_prompts(words: PreTrainedTokenizerFast, tmp_path: Path, rule: str) -> None:
     """The probabilities that answers were drawn with are those of the loss, and not those without merging."""
     model = wrap(decoder(), PyraConfig(keep={0: 0.5}, rule=rule, reactivation=False))
     trainer = trainer_of(FiberPOTrainer, model, words, tmp_path)
