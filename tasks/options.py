@@ -23,6 +23,7 @@ METHODS = {
     "pyra": "tokens merged and re-activated, beside --peft",
 }
 MERGING = ("tome", "pyra")
+QAT = ("int4",)
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICES = r"auto|cpu|cuda(:\d+)?"
 
@@ -67,6 +68,9 @@ class RunOptions:
         "qkv", "modules that LoRA and its kin adapt, such as qkv,proj,fc1,fc2 (the others have their own places)"
     )
     dropout: float = option(0.1, "dropout in the adapter")
+    qat: str | None = option(
+        None, "train as the weights will be rounded: int4, for --method full (exported as torchao-int4)", choices=QAT
+    )
     drop_path: float = option(0.1, "stochastic depth rate of the backbone")
     epochs: float = option(10.0, "passes over the training images (the paper: 100)")
     batch_size: int = option(32, "images a step, and a measured forward")
@@ -128,6 +132,11 @@ class RunOptions:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
         if self.method not in MERGING and self.peft is not None:
             problems.append(f"--peft goes with --method tome or pyra; without merging give --method {self.peft}")
+        if self.qat is not None and self.method != "full":
+            problems.append(
+                f"--qat {self.qat} goes with --method full: what --method {self.method} adds is folded into weights "
+                "that were trained rounded, and rounded anew"
+            )
         if self.scaled_gates and self.method != "pyra":
             problems.append("--scaled-gates goes with --method pyra")
         of_rates = self._rate_problems()
@@ -223,5 +232,5 @@ class RunOptions:
 
     @property
     def label(self) -> str:
-        """What tables call the method: ``pyra``, or ``pyra+dora`` beside another PEFT method than LoRA."""
-        return f"{self.method}+{self.peft}" if self.peft not in (None, "lora") else self.method
+        """What tables call the method: ``pyra``, ``pyra+dora`` beside another PEFT method than LoRA, ``full+int4``."""
+        return "+".join([self.method, *(more for more in (self.peft, self.qat) if more not in (None, "lora"))])

@@ -29,6 +29,7 @@ from pyra.backbones import geometry, set_rate, wrapped_config
 from pyra.backbones.loading import create_backbone, weights_file
 from pyra.checkpoints import file_digest
 from pyra.errors import CheckpointError, ConfigError, DataError
+from pyra.export.linear_training import fake_quantise_linear
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
 from pyra.tasks.data.columns import Columns
@@ -61,9 +62,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def new_backbone(options: RunOptions, num_classes: int) -> nn.Module:
-    """Create the pretrained backbone of a run with a new head."""
+    """Create the pretrained backbone of a run with a new head, which works rounded where ``--qat`` says so."""
     name = str(DEMO_BACKBONE) if options.backbone == "demo" else options.backbone
-    return create_backbone(
+    model = create_backbone(
         name,
         num_classes=num_classes,
         image_size=options.image_size,
@@ -71,6 +72,7 @@ def new_backbone(options: RunOptions, num_classes: int) -> nn.Module:
         pretrained=options.pretrained,
         drop_path_rate=0.0 if options.method == "linear" else options.drop_path,
     )
+    return model if options.qat is None else fake_quantise_linear(model)
 
 
 def new_model(options: RunOptions, num_classes: int) -> nn.Module:

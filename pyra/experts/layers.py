@@ -23,11 +23,7 @@ def expert_layers(model: nn.Module, through_adapters: bool = False) -> dict[str,
         UnsupportedModelError: for a model that has none, or (without ``through_adapters``) one whose experts or
             routers carry an adapter.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if _has(_plain(module, "experts"), _STACKED) and _has(_plain(module, "gate"), _ROUTER)
-    }
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_mixture(module)}
     adapted = [n for n, m in found.items() if hasattr(m.experts, "base_layer") or hasattr(m.gate, "base_layer")]
     if adapted and not through_adapters:
         raise UnsupportedModelError(f"{adapted[0]} has experts or a router with an adapter: fold_adapter it first")
@@ -38,6 +34,11 @@ def expert_layers(model: nn.Module, through_adapters: bool = False) -> dict[str,
     return found
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model has mixtures as :func:`expert_layers` finds them."""
+    return any(_is_mixture(module) for module in model.modules())
+
+
 def layer_number(name: str) -> int | None:
     """Return the number of the decoder layer that a mixture is in, from its name.
 
@@ -46,6 +47,10 @@ def layer_number(name: str) -> int | None:
     """
     numbers = [part for part in name.split(".") if part.isdigit()]
     return int(numbers[-1]) if numbers else None
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    return _has(_plain(module, "experts"), _STACKED) and _has(_plain(module, "gate"), _ROUTER)
 
 
 def _plain(module: Any, name: str) -> Any:

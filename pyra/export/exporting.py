@@ -19,6 +19,7 @@ from pyra.checkpoints import file_digest, writing
 from pyra.errors import ConfigError, ExportError, PyraError, is_out_of_memory
 from pyra.export.folding import folded_copy
 from pyra.export.formats import FORMATS, Format, format_named, installed_runtimes
+from pyra.export.linear_training import INT4, trains_as_rounded
 from pyra.export.loading import open_in
 from pyra.export.logits import logits_of
 from pyra.export.memory import give_memory_back
@@ -97,6 +98,8 @@ def export_model(
             f"{type(model).__name__} reads words: {format} is for image models; pyra.export.export_language_model and "
             "`pyra export --format engine` write language models"
         )
+    if trains_as_rounded(model) and format != INT4:
+        raise ConfigError(f"the model was trained as {INT4} rounds it: export it in that format, not as {format}")
     tolerance = _checked(chosen, example_input, tolerance, metadata, calibration)
     folder = Path(folder).expanduser()
     start = time.perf_counter()

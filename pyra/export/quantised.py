@@ -3,6 +3,9 @@
 The folder is one of the format ``hf`` whose quantised weights stand as integers and scales. To open it, the model that
 ``config.json`` describes is made and quantised the same way, and what the file holds is copied into its weights: no
 tensor class comes from the file.
+
+A model that was trained as ``torchao-int4`` rounds it (:mod:`pyra.export.linear_training`) gives the very values that
+its forward used.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from pyra.errors import ExportError, PyraError
 from pyra.export import hf
+from pyra.export.linear_training import GROUP, fits, int4_config, int4_type, is_rounded, trains_as_rounded
 from pyra.export.loading import damaged
 from pyra.export.logits import logits_of
 from pyra.export.programs import with_threads
@@ -26,8 +30,7 @@ if TYPE_CHECKING:
     from pyra.export.exporting import Job
     from pyra.export.record import ExportRecord
 
-INT8, INT4 = "torchao-int8", "torchao-int4"
-_GROUP = 32  # inputs of a weight that share a scale in int4
+INT8 = "torchao-int8"
 _PACKED = ".packed"
 
 
@@ -68,26 +71,20 @@ def quantise(model: nn.Module, format: str) -> None:
     Raises:
         ExportError: where it has none that could be.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    config = (
-        Int8DynamicActivationInt8WeightConfig()
-        if format == INT8
-        else IntxWeightOnlyConfig(weight_dtype=_int4(), granularity=PerGroup(_GROUP))
-    )
-    quantize_(model.eval(), config, filter_fn=_fits)
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    if format != INT8 and trains_as_rounded(model):
+        from torchao.quantization.qat import QATConfig
+
+        convert: Any = QATConfig(int4_config(), step="convert")
+        quantize_(model.eval(), convert, filter_fn=lambda module, name: is_rounded(module))
+    else:
+        config = Int8DynamicActivationInt8WeightConfig() if format == INT8 else int4_config()
+        quantize_(model.eval(), config, filter_fn=fits)
     model.requires_grad_(False)
     if not any(_inner(value) for value in model.state_dict().values()):
-        raise ExportError(f"this model has no linear layers of a multiple of {_GROUP} inputs to quantise")
-
-
-def _int4() -> Any:
-    return getattr(torch, "int4")  # noqa: B009 - torch has it, its annotations do not
-
-
-def _fits(module: nn.Module, name: str) -> bool:
-    return type(module).__name__.endswith("Linear") and getattr(module, "in_features", 1) % _GROUP == 0
+        raise ExportError(f"this model has no linear layers of a multiple of {GROUP} inputs to quantise")
 
 
 def _inner(value: Any) -> list[str]:
@@ -101,7 +98,7 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if not inner:
         yield name, value
     for part in inner:
-        four = getattr(value, "target_dtype", None) == _int4() and part == "qdata"
+        four = getattr(value, "target_dtype", None) == int4_type() and part == "qdata"
         yield f"{name}.{part}{_PACKED if four else ''}", getattr(value, part)
 
 

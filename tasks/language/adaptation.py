@@ -11,7 +11,7 @@ from pyra.config import PROMPT_PRESETS, PyraConfig
 from pyra.errors import ConfigError
 from pyra.prompt_matching import RULES
 from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
-from pyra.tasks.options import DEVICES, MERGING, TRACKERS
+from pyra.tasks.options import DEVICES, MERGING, QAT, TRACKERS
 
 _IMAGES_ALONE = ("adapter", "bottleneck", "adaptformer", "prompts", "prompts-shallow")
 METHODS = {
@@ -46,6 +46,12 @@ class AdaptationOptions:
         None, "modules that LoRA and its kin adapt, such as q_proj,k_proj,v_proj,o_proj; PEFT's choice by default"
     )
     dropout: float = option(0.1, "dropout in the adapter")
+    qat: str | None = option(
+        None,
+        "train as the weights will be rounded: int4, of routed experts where there are some (JoyAI), else of linear "
+        "layers, with --method full",
+        choices=QAT,
+    )
     epochs: float = option(3.0, "passes over the training examples")
     batch_size: int = option(16, "examples a step, and a scored forward")
     lr: float | None = option(None, "peak learning rate of AdamW; by default 2e-5 (full), 3e-4 (others)")
@@ -80,10 +86,10 @@ class AdaptationOptions:
 
     @property
     def label(self) -> str:
-        """What tables call the method: ``pyra``, ``tome``, a rule that is not importance, and PEFT other than LoRA."""
+        """What tables call the method: ``pyra``, ``tome``, a rule that is not importance, PEFT other than LoRA, QAT."""
         named = self.rule if self.rule in CONTROLS else self.method
         named = f"{named}-bipartite" if self.rule == "bipartite" else named
-        return named if self.peft in (None, "lora") else f"{named}+{self.peft}"
+        return "+".join([named, *(more for more in (self.peft, self.qat) if more not in (None, "lora"))])
 
     @property
     def merges(self) -> bool:

@@ -219,7 +219,7 @@ def count_macs(model: nn.Module, tokens: int) -> int:
         pass
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return int(counter.get_total_flops() // 2) - (0 if head is None else tokens * head.weight.numel())

@@ -15,7 +15,11 @@ from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
 from pyra.adapters.methods import refuse_rank
+from pyra.adapters.targets import trained_modules
 from pyra.errors import CheckpointError, ConfigError, DataError
+from pyra.experts import fake_quantise
+from pyra.experts.layers import has_experts
+from pyra.export.linear_training import fake_quantise_linear
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
 from pyra.tasks.language.adaptation import AdaptationOptions
@@ -78,6 +82,8 @@ def resolve_answer(card: TextCard, asked: str | None, *, head: bool) -> str:
 def new_subject(options: LanguageOptions, task: TextTask) -> Subject:
     """Load the backbone of a run with its tokenizer, with a new head where the task is answered by one.
 
+    Where ``--qat`` says so, it works with the weights that it will be rounded to from here on.
+
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: where it cannot be had, or cannot answer so.
     """
@@ -93,7 +99,29 @@ def new_subject(options: LanguageOptions, task: TextTask) -> Subject:
         encoder = replace(encoder, kinds=kinds)
     else:
         model = load_decoder(options.backbone)
+    if options.qat is not None:
+        train_as_rounded(model, options)
     return Subject(model, encoder, max_length, answer)
+
+
+def train_as_rounded(model: nn.Module, options: AdaptationOptions) -> None:
+    """Have the routed experts of a backbone, or else its linear layers but the head, work as INT4, in place.
+
+    Raises:
+        ConfigError: for experts that cannot be rounded so, or an adapter where linear layers are rounded.
+        UnsupportedModelError: for a model that has neither.
+    """
+    if has_experts(model):
+        fake_quantise(model)
+        return
+    if options.method != "full":
+        raise ConfigError(
+            f"--qat {options.qat}: {options.backbone} has no routed experts, and linear layers are rounded only with "
+            f"--method full; what --method {options.method} adds would be folded into them, and rounded anew"
+        )
+    heads = [model.get_submodule(name) for name in trained_modules(model)]
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    fake_quantise_linear(model, [part for head in [*heads, output] if head is not None for part in head.modules()])
 
 
 def adapted(model: nn.Module, options: AdaptationOptions) -> nn.Module:

@@ -13,7 +13,7 @@ from pyra.tasks.language.adaptation import METHODS as METHODS
 from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.thinking import THINKING
 
-CONTINUED = ("backbone", "method", "rate", "keep", "preset", "rule", "peft", "rank", "targets")
+CONTINUED = ("backbone", "method", "rate", "keep", "preset", "rule", "peft", "rank", "targets", "qat")
 """What a run that goes on from ``--adapter`` has from there."""
 
 

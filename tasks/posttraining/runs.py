@@ -20,7 +20,14 @@ from pyra.files import read_json, write_text
 from pyra.records import record_problems
 from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.models import load_decoder, load_tokenizer, longest, read_config
-from pyra.tasks.language.runs import Subject, adapted, check_same_weights, read_language_options, save_begin
+from pyra.tasks.language.runs import (
+    Subject,
+    adapted,
+    check_same_weights,
+    read_language_options,
+    save_begin,
+    train_as_rounded,
+)
 from pyra.tasks.language.runs import is_language_run as _is_language_run
 from pyra.tasks.posttraining.options import CONTINUED, PostTrainingOptions, contradictions
 from pyra.tasks.posttraining.templates import chat_encoder, encoder_of
@@ -87,7 +94,7 @@ def new_start(options: PostTrainingOptions) -> Start:
     config = read_config(options.backbone)
     encoder, note = chat_encoder(options)
     length = longest(options.backbone, config, encoder.tokenizer, options.max_length, LONGEST)
-    return Start(Subject(load_decoder(options.backbone), encoder, length, "generation"), [note] if note else [])
+    return Start(Subject(_decoder(options), encoder, length, "generation"), [note] if note else [])
 
 
 def adapted_policy(model: nn.Module, options: PostTrainingOptions) -> nn.Module:
@@ -183,8 +190,16 @@ def load_posttrained(folder: str | Path) -> tuple[Subject, PostTrainingOptions]:
     encoder = encoder_of(tokenizer, options)
     config = read_config(options.backbone)
     length = longest(options.backbone, config, tokenizer, options.max_length, LONGEST)
-    model = load_adapter(load_decoder(options.backbone), folder / ADAPTER)
+    model = load_adapter(_decoder(options), folder / ADAPTER)
     return Subject(fold_adapter(model).eval().requires_grad_(False), encoder, length, "generation"), options
+
+
+def _decoder(options: PostTrainingOptions) -> nn.Module:
+    """Load the decoder of a run; where ``--qat`` says so, it works with the weights that it will be rounded to."""
+    model = load_decoder(options.backbone)
+    if options.qat is not None:
+        train_as_rounded(model, options)
+    return model
 
 
 def _read_any(folder: Path) -> AdaptationOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyra.errors import ExportError
+from pyra.errors import ConfigError, ExportError, UnsupportedModelError
 from pyra.export import FORMATS, export_model, load_exported
 from pyra.export.folding import folded_copy
+from pyra.export.linear_training import fake_quantise_linear, trains_as_rounded
 from pyra.export.quantised import _pack, _unpack, quantise
 
 pytest.importorskip("torchao", reason="the extra `torchao` is not installed")
@@ -53,6 +55,46 @@ def test_it_comes_back_as_it_was_quantised(quantised: Path, wrapped: nn.Module, 
         assert torch.equal(opened(images(6)), model(images(6)))
         error = (opened(images(6)) - wrapped(images(6))).abs().max() / wrapped(images(6)).abs().max()
     assert 0 < error <= FORMATS[quantised.name].tolerance
+
+
+def test_what_was_trained_rounded_is_exported_as_it_worked(tiny: nn.Module, images: Images, tmp_path: Path) -> None:
+    model = tiny
+    plain, names = model(images(4)), list(model.state_dict())
+    fake_quantise_linear(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(images(4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert list(model.state_dict()) == names
+    model.eval()
+    with pytest.raises(ConfigError, match="trained as torchao-int4 rounds it: export it in that format, not as hf"):
+        export_model(model, tmp_path / "hf", "hf", example_input=images(4))
+    report = export_model(model, tmp_path / "int4", "torchao-int4", example_input=images(4))
+    assert report.comparison.relative_difference <= 1e-5
+    with torch.no_grad():
+        expected = model(images(6))
+        assert torch.allclose(load_exported(tmp_path / "int4")(images(6)), expected, atol=1e-5)
+        assert (plain - model(images(4))).abs().max() > 1e-2
+
+
+def test_layers_that_are_left_stay_float() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 5), nn.Linear(5, 3)).eval()
+    inputs = torch.randn(7, 64)
+    fake_quantise_linear(model, leave=[model[1]])
+    assert [trains_as_rounded(part) for part in model] == [True, False, False]
+    expected = model(inputs)
+    head = model[1].weight
+    quantise(model, "torchao-int4")
+    assert torch.equal(model(inputs), expected) and model[1].weight is head
+    with pytest.raises(UnsupportedModelError, match="no linear layers of a multiple of 32 inputs"):
+        fake_quantise_linear(nn.Sequential(nn.Linear(20, 4)))
+
+
+def test_torchao_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ConfigError, match=r"needs torchao: pip install 'pyra-adapt\[torchao\]'"):
+        fake_quantise_linear(nn.Linear(32, 4))
 
 
 def test_fewer_bits_are_fewer_bytes(wrapped: nn.Module, images: Images, tmp_path: Path) -> None:

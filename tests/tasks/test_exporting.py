@@ -246,3 +246,19 @@ def test_a_run_trained_again_replaces_its_exports_but_nothing_of_others(
     (run / "export" / "hf" / "notes.txt").unlink()
     train(options(tiny_backbone, run, overwrite=True))
     assert (run / "result.json").is_file() and not (run / "export").exists()
+
+
+def test_a_run_that_was_trained_rounded_is_exported_as_it_was_scored(tiny_backbone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="the extra `torchao` is not installed")
+    result = train(options(tiny_backbone, tmp_path / "run", method="full", rate=None, qat="int4"))
+    assert result.method == "full+int4"
+    export_run(tmp_path / "run", tmp_path / "out", format="torchao-int4", images=4)
+    values = measured(tmp_path / "out")
+    assert values["value"] == values["plain_value"] == pytest.approx(result.value)
+    opened, subject = load_exported(tmp_path / "out"), subject_of(tmp_path / "run", images=4)
+    with torch.no_grad():
+        assert torch.allclose(opened(subject.batch), subject.model(subject.batch), atol=1e-5)
+    with pytest.raises(ConfigError, match="export it in that format, not as onnx"):
+        export_run(tmp_path / "run", tmp_path / "onnx", images=4)
+    with pytest.raises(ConfigError, match="--qat int4 goes with --method full"):
+        options(tiny_backbone, tmp_path / "other", qat="int4")

@@ -1,0 +1,76 @@
+"""Linear layers that train as the format ``torchao-int4`` rounds them: torchao's own quantisation-aware training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from pyra.errors import UnsupportedModelError
+from pyra.export.formats import need
+
+INT4 = "torchao-int4"
+GROUP = 32
+"""Inputs of a weight that share a scale."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fake_quantise_linear(model: Model, leave: Collection[nn.Module] = ()) -> Model:
+    """Have the linear layers of a model train as ``torchao-int4`` rounds them, in place; parameters keep their names.
+
+    This is the step "prepare" of torchao's ``QATConfig``: weights are rounded in each forward, and the gradient goes to
+    the float weights, but for values that are cut off at the end of the range (the largest of a group where it is
+    positive). Layers whose inputs the groups do not divide stay float, as in the export.
+
+    Args:
+        model: without an adapter: folded into rounded weights, it would be rounded anew.
+        leave: linear layers that stay float.
+
+    Raises:
+        ConfigError: where torchao is missing (names the extra).
+        UnsupportedModelError: for a model without such layers.
+    """
+    need("torchao", "training linear layers as int4", "torchao")
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    left = {id(module) for module in leave}
+    prepare: Any = QATConfig(int4_config(), step="prepare")
+    quantize_(model, prepare, filter_fn=lambda module, name: id(module) not in left and fits(module, name))
+    if not trains_as_rounded(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear layers of a multiple of {GROUP} inputs that could be rounded"
+        )
+    return model
+
+
+def trains_as_rounded(model: nn.Module) -> bool:
+    """Whether :func:`fake_quantise_linear` was applied to a model; torchao is not asked for it."""
+    return any(is_rounded(module) for module in model.modules())
+
+
+def is_rounded(module: nn.Module) -> bool:
+    """Whether a linear layer is one that :func:`fake_quantise_linear` put there."""
+    return hasattr(module, "weight_fake_quantizer")
+
+
+def int4_config() -> Any:
+    """Return how torchao rounds weights of this format."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=int4_type(), granularity=PerGroup(GROUP))
+
+
+def int4_type() -> Any:
+    """Return ``torch.int4``."""
+    return getattr(torch, "int4")  # noqa: B009 - torch has it, its annotations do not
+
+
+def fits(module: nn.Module, name: str) -> bool:
+    """Whether a module is a linear layer whose inputs the groups divide."""
+    return type(module).__name__.endswith("Linear") and getattr(module, "in_features", 1) % GROUP == 0
