@@ -23,6 +23,7 @@ from pyra.errors import CheckpointError
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 
 
+_UNENDED = "it cannot be written to its end (no space left?)"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -97,7 +98,9 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.errno is None:  # numpy says how much it could write, not why
+            raise OSError(errno.ENOSPC, _UNENDED, str(path)) from None
+        if error.filename is None:
             error.filename = str(path)
         raise
     except SafetensorError as error:
@@ -108,7 +111,7 @@ def writing(path: str | Path) -> Iterator[None]:
     except RuntimeError as error:
         if not re.search("inline_container|PytorchStreamWriter", str(error)):
             raise
-        raise OSError(errno.ENOSPC, "it cannot be written to its end (no space left?)", str(path)) from None
+        raise OSError(errno.ENOSPC, _UNENDED, str(path)) from None
 
 
 def _is_pickle(path: Path) -> bool:

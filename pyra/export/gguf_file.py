@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as distributions
 from pathlib import Path
@@ -57,15 +58,12 @@ def write(subject: LanguageModel, folder: Path, weights: str) -> Written:
         dtype = np.dtype(np.uint8 if _is_bytes(kind) else np.float16 if kind.name == "F16" else np.float32)
         writer.add_tensor_info(laid.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, kind)
         count += laid.value.numel()
-    try:
-        with writing(path):
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for laid in laid_out(model):
-                writer.write_tensor_data(_rounded(laid, _kind(laid, weights)))
-    finally:
-        writer.close()
+    with writing(path), contextlib.closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for laid in laid_out(model):
+            writer.write_tensor_data(_rounded(laid, _kind(laid, weights)))
     path.chmod(0o644)
     engines = [check_gguf(path, subject)]
     mtp = {"layers": 0, **({"note": _NO_MTP} if family == DEEPSEEK else {})}
