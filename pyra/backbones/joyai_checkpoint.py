@@ -131,7 +131,9 @@ def save_checkpoint(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} is there already: choose another folder")
     if mtp is not None and model.mtp is not None:
-        raise ConfigError(f"the model has an MTP layer attached: leave mtp={str(mtp)!r} out, or detach_mtp(model) first")
+        raise ConfigError(
+            f"the model has an MTP layer attached: leave mtp={str(mtp)!r} out, or detach_mtp(model) first"
+        )
     drafting, layers = mtp_weights(model), int(model.mtp is not None)
     if mtp is not None:
         source = check_checkpoint(mtp)

@@ -66,7 +66,7 @@ class DraftsWithMtp:
         for name, value in own.items():
             setattr(prepared, name, value)
         if prepared.use_mtp:
-            _check(self, prepared)
+            _check(self, prepared, rest.get("past_key_values"))
         elif own:
             raise ConfigError(f"{' and '.join(sorted(own))} go with use_mtp=True")
         return prepared, rest
@@ -151,13 +151,12 @@ class MtpCandidates(CandidateGenerator):
         return self._draft(hidden, ids, input_ids, count)
 
     def _draft(self, hidden: Tensor, ids: Tensor, whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        from pyra.backbones.joyai_mtp import mtp_states
+        from pyra.backbones.joyai_mtp import mtp_logits, mtp_states
 
         told = []
-        hidden = hidden.to(next(self.layer.parameters()).device)
         for _ in range(count):
             hidden = mtp_states(self.model, self.layer, hidden, ids, cache=self.cache)[:, -1:]
-            logits = self.model.get_output_embeddings()(hidden)[:, -1].to(whole.device, torch.float32)
+            logits = mtp_logits(self.model, hidden[:, -1]).to(whole.device)
             if self.processors:
                 logits = self.processors(whole, logits)
             if self.asked.do_sample:
@@ -176,7 +175,7 @@ class MtpCandidates(CandidateGenerator):
             self.record.accepted.append(int(num_matches))
 
 
-def _check(model: Any, asked: Any) -> None:
+def _check(model: Any, asked: Any, cache: Any) -> None:
     """Raise :class:`ConfigError` for a model that cannot draft, or options that do not go with it."""
     count, record = getattr(asked, _TOKENS, None), getattr(asked, _RECORD, None)
     if count is not None and (type(count) is not int or count < 1):
@@ -187,6 +186,11 @@ def _check(model: Any, asked: Any) -> None:
     problems = [f"{name}={found[name]!r}" for name, wrong in _REFUSED.items() if wrong(found[name])]
     if problems:
         raise ConfigError(f"use_mtp=True does not go with {', '.join(problems)}: leave one of them out")
+    if cache is not None and cache.get_seq_length():
+        raise ConfigError(  # transformers' assisted decoding would read the whole prompt behind what the cache holds
+            f"use_mtp=True begins with an empty cache, this one holds {cache.get_seq_length()} tokens: leave "
+            "past_key_values out, or use_mtp"
+        )
     _find(model)
 
 

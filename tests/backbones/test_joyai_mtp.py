@@ -15,7 +15,7 @@ from joyai_releases import write_published
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from pyra.backbones import joyai, joyai_drafting, unwrap, wrap
@@ -45,7 +45,7 @@ def drafter(**changes: Any) -> joyai.JoyAIForCausalLM:
 
 @pytest.fixture(scope="module")
 def model() -> joyai.JoyAIForCausalLM:
-    return drafter()
+    return drafter(num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -96,7 +96,10 @@ def test_a_new_layer_begins_near_the_decoder_and_shares_its_embedding_and_head()
     assert not own & {parameter.data_ptr() for parameter in model.model.parameters()}
     counted = joyai.parameter_count(joyai.tiny_config())
     assert sum(p.numel() for p in layer.parameters()) == (
-        counted["with_mtp"] - counted["without_mtp"] - model.model.embed_tokens.weight.numel() - 3 * 8  # routers' biases
+        counted["with_mtp"]
+        - counted["without_mtp"]
+        - model.model.embed_tokens.weight.numel()
+        - 3 * 8  # routers' biases
     )
 
 
@@ -142,7 +145,7 @@ def test_without_a_layer_the_written_configuration_has_none(writer: str, publish
 def test_a_copy_and_a_state_carry_the_layer(model: joyai.JoyAIForCausalLM) -> None:
     twin = copy.deepcopy(model)
     assert states_equal(twin, model) and twin.mtp is not model.mtp
-    other = attach_mtp(make())
+    other = attach_mtp(make(num_hidden_layers=2))
     other.load_state_dict(model.state_dict())
     assert states_equal(other, model)
 
@@ -190,7 +193,7 @@ def test_the_loss_is_that_of_one_forward_a_token(side: str, whole: bool, model: 
 
 def test_packed_sequences_keep_apart(model: joyai.JoyAIForCausalLM) -> None:
     rows = [ids for ids, _ in ROWS]
-    packed = torch.tensor([sum(rows, [])])
+    packed = torch.tensor([[token for ids in rows for token in ids]])
     positions = torch.tensor([[place for ids in rows for place in range(len(ids))]])
     expected = [value for ids in rows for value in slow_loss(model, ids, ids)]
     hidden = last_hidden(model, packed, position_ids=positions)
@@ -212,8 +215,7 @@ def test_without_a_label_that_counts_the_loss_is_zero_and_has_a_gradient(length:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_reach_what_trains_and_are_right(frozen: bool) -> None:
-    model = attach_mtp(make()).double().train()
-    model.set_experts_implementation("eager")
+    model = attach_mtp(make(first_k_dense_replace=4)).double().train()  # no routes that could change
     model.requires_grad_(not frozen)
     model.mtp.requires_grad_(True)  # type: ignore[union-attr]
     ids = torch.randint(2, 512, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -255,27 +257,27 @@ def test_half_precision_takes_its_loss_in_float32() -> None:
 # --- drafting
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 3])
 def test_drafts_change_nothing_about_greedy_answers(count: int, model: joyai.JoyAIForCausalLM) -> None:
     record = DraftRecord()
     for prompt in PROMPTS:
-        expected = answer(model, prompt, 30)
-        found = answer(model, prompt, 30, use_mtp=True, mtp_draft_tokens=count, mtp_record=record)
+        expected = answer(model, prompt, 20)
+        found = answer(model, prompt, 20, use_mtp=True, mtp_draft_tokens=count, mtp_record=record)
         assert torch.equal(found, expected)
     assert 0 < sum(record.accepted) < sum(record.drafted)  # some of both
     assert max(record.drafted) == count and max(record.accepted) <= count
     # the first token of each answer comes from the prompt, every other one from a verification that gave one at least
-    assert sum(record.accepted) + len(record.accepted) <= len(PROMPTS) * 29
+    assert sum(record.accepted) + len(record.accepted) <= len(PROMPTS) * 19
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_random_layer_drafts_the_same_text(seed: int) -> None:
     model = attach_mtp(make(), seed=seed)
     torch.manual_seed(seed)
     for parameter in model.mtp.parameters():  # type: ignore[union-attr]
         nn.init.normal_(parameter, std=0.3)
     for prompt in PROMPTS[1:3]:
-        assert torch.equal(answer(model, prompt, use_mtp=True, mtp_draft_tokens=3), answer(model, prompt))
+        assert torch.equal(answer(model, prompt, 8, use_mtp=True, mtp_draft_tokens=3), answer(model, prompt, 8))
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -319,12 +321,12 @@ def test_the_cache_of_the_layer_holds_what_the_decoder_has_computed(
             following = torch.cat([following, expected.argmax(-1, keepdim=True)], dim=1)
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("count", [1, 4])
 def test_an_end_inside_a_draft_ends_the_answer(count: int, model: joyai.JoyAIForCausalLM) -> None:
     record = DraftRecord()
     whole = answer(model, PROMPTS[3], 24)[0, PROMPTS[3].shape[1] :].tolist()
     ends = sorted(set(whole), key=whole.index)
-    for end in ends:
+    for end in ends[2:8:3]:
         told = {"eos_token_id": end, "return_dict_in_generate": True}
         plain = answer(model, PROMPTS[3], 24, **told)
         found = answer(model, PROMPTS[3], 24, use_mtp=True, mtp_draft_tokens=count, mtp_record=record, **told)
@@ -332,7 +334,7 @@ def test_an_end_inside_a_draft_ends_the_answer(count: int, model: joyai.JoyAIFor
         assert found.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("most", [1, 2, 4])
 def test_no_more_tokens_than_were_asked_for(most: int, model: joyai.JoyAIForCausalLM) -> None:
     record = DraftRecord()
     found = answer(model, PROMPTS[2], most, use_mtp=True, mtp_draft_tokens=4, mtp_record=record)
@@ -340,23 +342,17 @@ def test_no_more_tokens_than_were_asked_for(most: int, model: joyai.JoyAIForCaus
     assert all(drafted <= most - 2 for drafted in record.drafted)
 
 
-def test_a_padded_prompt_and_a_second_turn(model: joyai.JoyAIForCausalLM) -> None:
+def test_a_padded_prompt(model: joyai.JoyAIForCausalLM) -> None:
     told = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     ids = torch.cat([torch.ones(1, 3, dtype=torch.long), PROMPTS[2]], dim=1)
     mask = torch.tensor([[0] * 3 + [1] * 7])
     plain = model.generate(ids, attention_mask=mask, **told)
     assert torch.equal(model.generate(ids, attention_mask=mask, use_mtp=True, mtp_draft_tokens=2, **told), plain)
-    caches = []
-    for asked in ({}, {"use_mtp": True, "mtp_draft_tokens": 2}):
-        first = answer(model, PROMPTS[2], 6, return_dict_in_generate=True, **asked)
-        turn = torch.cat([first.sequences, PROMPTS[1]], dim=1)
-        caches.append(answer(model, turn, 12, past_key_values=first.past_key_values, **asked))
-    assert torch.equal(*caches)
 
 
 def test_the_generation_configuration_may_ask_for_drafts(model: joyai.JoyAIForCausalLM, tmp_path: Path) -> None:
     asked, record = copy.deepcopy(model), DraftRecord()
-    asked.generation_config.update(use_mtp=True, mtp_draft_tokens=2, allow_custom_entries=True)
+    asked.generation_config = GenerationConfig(use_mtp=True, mtp_draft_tokens=2)
     assert torch.equal(answer(asked, PROMPTS[2], mtp_record=record), answer(model, PROMPTS[2]))
     assert max(record.drafted) == 2
     save_checkpoint(asked, tmp_path / "a")
@@ -390,7 +386,7 @@ def test_sampled_answers_are_distributed_as_without_drafts() -> None:
     model = attach_mtp(joyai.JoyAIForCausalLM(joyai.tiny_config(**sizes)).eval())
     for parameter in model.mtp.parameters():  # type: ignore[union-attr]
         nn.init.normal_(parameter, std=0.5)
-    prompt, runs, record = torch.tensor([[2, 0, 1, 2]]), 500, DraftRecord()
+    prompt, runs, record = torch.tensor([[2, 0, 1, 2]]), 300, DraftRecord()
     expected = torch.zeros(3, 3, 3)
     with torch.no_grad():
         for first in range(3):
@@ -407,27 +403,26 @@ def test_sampled_answers_are_distributed_as_without_drafts() -> None:
     chi_square = float(((seen - runs * expected) ** 2 / (runs * expected)).sum())
     assert chi_square < 54.1  # exceeded by one in a thousand of a distribution with 26 degrees of freedom
     wrong = expected.roll(1, 0)  # which the test would tell apart
-    assert float(((seen - runs * wrong) ** 2 / (runs * wrong)).sum()) > 200
+    assert float(((seen - runs * wrong) ** 2 / (runs * wrong)).sum()) > 150
 
 
 # --- prompts that merge
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"rule": "bipartite"}, {"rule": "drop"}, {"size_bias": True}])
+@pytest.mark.parametrize(
+    ("count", "options"), [(1, {}), (3, {"rule": "bipartite"}), (3, {"rule": "drop"}), (3, {"size_bias": True})]
+)
 def test_drafts_change_nothing_where_prompts_merge(
     count: int, options: dict[str, Any], model: joyai.JoyAIForCausalLM
 ) -> None:
-    merging = wrap(copy.deepcopy(model), PyraConfig(rate=0.5, reactivation=False, **options))
+    merging = wrap(copy.deepcopy(model), PyraConfig(keep={0: 0.6}, reactivation=False, **options))
     record, told = DraftRecord(), {"return_dict_in_generate": True}
     prompt = torch.randint(2, 512, (1, 90), generator=torch.Generator().manual_seed(5))
     plain = answer(merging, prompt, 30, **told)
     found = answer(merging, prompt, 30, use_mtp=True, mtp_draft_tokens=count, mtp_record=record, **told)
     assert torch.equal(found.sequences, plain.sequences)
     assert record.drafted and sum(record.accepted) < sum(record.drafted)
-    lengths = [
-        [layer.get_seq_length() for layer in each.past_key_values.layers] for each in (found, plain)
-    ]
+    lengths = [[layer.get_seq_length() for layer in each.past_key_values.layers] for each in (found, plain)]
     assert lengths[0] == lengths[1] and min(lengths[0]) < max(lengths[0])
     for own, theirs in zip(found.past_key_values.layers, plain.past_key_values.layers, strict=True):
         torch.testing.assert_close(own.keys, theirs.keys, rtol=1e-4, atol=1e-5)
@@ -469,7 +464,7 @@ def test_models_and_folders_that_do_not_fit(published: Path, tmp_path: Path) -> 
     refused(CheckpointError, "bare holds no MTP weights", lambda: attach_mtp(model, tmp_path / "bare"))
     refused(CheckpointError, "bare holds no MTP weights", lambda: load_model(tmp_path / "bare", mtp=True))
     refused(CheckpointError, "follows 3 layers of width 64, the model has 4", lambda: attach_mtp(model, other))
-    refused(CheckpointError, "neither", lambda: attach_mtp(model, tmp_path))
+    refused(CheckpointError, "no config.json there", lambda: attach_mtp(model, tmp_path))
     attach_mtp(model, published)
     refused(ConfigError, "has an MTP layer already", lambda: attach_mtp(model))
     refused(ConfigError, "attached: leave mtp=", lambda: save_checkpoint(model, tmp_path / "c", mtp=published))
@@ -508,7 +503,9 @@ def test_layers_that_are_not_joyais(changes: dict[str, Any], said: str, publishe
 def test_drafts_of_a_model_that_has_no_layer(published: Path, tmp_path: Path) -> None:
     save_checkpoint(load_model(published), tmp_path / "bare")
     for model in (load_model(tmp_path / "bare"), AutoModelForCausalLM.from_pretrained(tmp_path / "bare"), make()):
-        refused(ConfigError, "use_mtp=True: the model has no MTP layer", lambda m=model: answer(m, PROMPTS[2], use_mtp=True))
+        refused(
+            ConfigError, "use_mtp=True: the model has no MTP layer", lambda m=model: answer(m, PROMPTS[2], use_mtp=True)
+        )
 
 
 @pytest.mark.parametrize(
@@ -528,10 +525,15 @@ def test_drafts_of_a_model_that_has_no_layer(published: Path, tmp_path: Path) ->
         ({"num_beams": 2, "use_cache": False}, "num_beams=2, use_cache=False"),
     ],
 )
-def test_requests_that_do_not_go_with_drafts(
-    asked: dict[str, Any], said: str, model: joyai.JoyAIForCausalLM
-) -> None:
+def test_requests_that_do_not_go_with_drafts(asked: dict[str, Any], said: str, model: joyai.JoyAIForCausalLM) -> None:
     refused(ConfigError, said, lambda: answer(model, PROMPTS[2], **{"use_mtp": True, **asked}))
+
+
+def test_a_cache_that_holds_tokens_is_refused(model: joyai.JoyAIForCausalLM) -> None:
+    cache = DynamicCache()
+    assert torch.equal(answer(model, PROMPTS[2], use_mtp=True, past_key_values=cache), answer(model, PROMPTS[2]))
+    said = "begins with an empty cache, this one holds 30 tokens"
+    refused(ConfigError, said, lambda: answer(model, PROMPTS[2], use_mtp=True, past_key_values=cache))
 
 
 def test_several_prompts_at_once_are_refused(model: joyai.JoyAIForCausalLM) -> None:

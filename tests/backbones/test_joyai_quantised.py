@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from pyra.backbones.joyai import JoyAIForCausalLM
-from pyra.backbones.joyai_mtp import detach_mtp
 from pyra.backbones.joyai_checkpoint import INDEX, check_checkpoint, load_model, save_checkpoint
 from pyra.backbones.joyai_dequantised import dequantise, unpack
+from pyra.backbones.joyai_mtp import detach_mtp
 from pyra.backbones.joyai_quantised import read_scheme
 from pyra.errors import CheckpointError, ConfigError
 from pyra.tasks.language.models import load_decoder
