@@ -123,10 +123,10 @@ class MtpCandidates(CandidateGenerator):
     """
 
     requires_model_outputs = True
-    model_kwargs_overrides = {"output_hidden_states": -1}  # the last one, behind the final norm
 
     def __init__(self, model: Any, layer: Any, asked: Any, processors: Any) -> None:
         self.model, self.layer, self.asked, self.processors = model, layer, asked, processors
+        self.model_kwargs_overrides = {"output_hidden_states": -1}  # the last one, behind the final norm
         self.count = getattr(asked, _TOKENS, None) or 1
         self.record: DraftRecord = getattr(asked, _RECORD, None) or DraftRecord()
         self.cache = DynamicCache()
@@ -159,10 +159,8 @@ class MtpCandidates(CandidateGenerator):
             logits = mtp_logits(self.model, hidden[:, -1]).to(whole.device)
             if self.processors:
                 logits = self.processors(whole, logits)
-            if self.asked.do_sample:
-                ids = torch.multinomial(logits.softmax(-1), 1)
-            else:
-                ids = logits.argmax(-1, keepdim=True)
+            sampled = self.asked.do_sample
+            ids = torch.multinomial(logits.softmax(-1), 1) if sampled else logits.argmax(-1, keepdim=True)
             whole = torch.cat([whole, ids], dim=1)
             told.append(logits)
         self.cache.crop(-(count - 1))

@@ -109,7 +109,7 @@ def train_mtp(
         source: a checkpoint folder whose layer is trained further; None makes a new one.
 
     Returns:
-        The model with the layer attached, in its own type, and the mean loss of every ten steps, that of the first before them.
+        The model with the layer attached, in its own type; the loss of the first step and the mean of every ten.
 
     Raises:
         TrainingError: where the loss or a weight is no number.
