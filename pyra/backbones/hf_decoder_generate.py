@@ -29,7 +29,9 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     asked = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
     told = {name: kwargs.get(name, getattr(asked, name, None)) for name in _REFUSED}
-    problems = [f"{name}={told[name]!r}: {why}" for name, (wrong, why) in _REFUSED.items() if wrong(told[name])]
+    if getattr(model, "drafts_with_mtp", False):  # with hidden states that are spread again, of every token
+        del told["use_mtp"]
+    problems = [f"{name}={value!r}: {_REFUSED[name][1]}" for name, value in told.items() if _REFUSED[name][0](value)]
     if problems:
         raise ConfigError("a model that merges prompts does not generate so: " + "; ".join(problems))
     return type(model).generate(model, *args, **kwargs)

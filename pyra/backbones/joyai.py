@@ -28,9 +28,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
 )
 
+from pyra.backbones.joyai_drafting import DraftsWithMtp
 from pyra.errors import ConfigError
 
 MODEL_TYPE = "joyai_llm_flash"
+MTP_ATTRIBUTE = "mtp"
+"""Child of a model that is its MTP layer, where one is attached."""
 MODEL_TYPES = (MODEL_TYPE, "deepseek_v3")
 """What ``config.json`` of a published copy calls itself; earlier copies say the second."""
 
@@ -102,16 +105,21 @@ class JoyAIModel(_WithFastExperts, DeepseekV3Model):
         self._keys_to_ignore_on_load_unexpected = _mtp_patterns(config)
 
 
-class JoyAIForCausalLM(_WithFastExperts, DeepseekV3ForCausalLM):
-    """The language model; ``generate(use_mtp=True)`` reads the MTP weights, which are no part of it, from its folder.
+class JoyAIForCausalLM(_WithFastExperts, DraftsWithMtp, DeepseekV3ForCausalLM):
+    """The language model; ``generate(use_mtp=True)`` drafts with the MTP layer that is attached, or in its folder.
 
     Published checkpoints hold a matrix an expert: transformers stacks them on loading and writes them apart again.
+
+    Attributes:
+        mtp: the MTP layer, of :func:`~pyra.backbones.joyai_mtp.attach_mtp`; None where there is none.
     """
 
     config_class = JoyAIConfig
+    mtp: nn.Module | None
 
     def __init__(self, config: JoyAIConfig) -> None:
         super().__init__(config)
+        self.register_module(MTP_ATTRIBUTE, None)
         self._keys_to_ignore_on_load_unexpected = _mtp_patterns(config)
 
 

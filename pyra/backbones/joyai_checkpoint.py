@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from pyra.backbones.joyai import MODEL_TYPES, PUBLISHED, JoyAIConfig, JoyAIForCausalLM
-from pyra.backbones.joyai_dequantised import Dequantised, open_weights
+from pyra.backbones.joyai_dequantised import open_weights
 from pyra.backbones.joyai_folder import CONFIG as CONFIG
 from pyra.backbones.joyai_folder import INDEX as INDEX
 from pyra.backbones.joyai_folder import MTP as MTP
@@ -28,6 +28,8 @@ from pyra.backbones.joyai_folder import SINGLE as SINGLE
 from pyra.backbones.joyai_folder import Checkpoint as Checkpoint
 from pyra.backbones.joyai_folder import check_checkpoint as check_checkpoint
 from pyra.backbones.joyai_folder import read_header, read_json, some
+from pyra.backbones.joyai_mtp import attach_mtp
+from pyra.backbones.joyai_mtp_weights import mtp_weights, stored_mtp, without_mtp
 from pyra.backbones.joyai_quantised import METHODS
 from pyra.backbones.joyai_tokenizer import check_tokenizer as check_tokenizer
 from pyra.checkpoints import writing
@@ -35,22 +37,25 @@ from pyra.errors import CheckpointError, ConfigError, OutputError
 from pyra.files import write_json
 
 
-def load_model(folder: str | Path, **kwargs: Any) -> JoyAIForCausalLM:
+def load_model(folder: str | Path, *, mtp: bool = False, **kwargs: Any) -> JoyAIForCausalLM:
     """Open a checkpoint folder, checked first; copies that call themselves ``deepseek_v3`` as well.
 
     A quantised release opens as floats (bfloat16, or ``dtype``) and takes as much memory as the release in bfloat16.
-    Where its MTP layer is quantised, too, ``generate(use_mtp=True)`` needs a folder that :func:`save_checkpoint` wrote
-    with ``mtp``: transformers reads that layer from the folder, and knows no scales there.
 
     Args:
         folder: of the checkpoint.
+        mtp: attach its MTP layer (:func:`~pyra.backbones.joyai_mtp.attach_mtp`); without it, ``generate(use_mtp=True)``
+            reads the layer from the folder at each call.
         kwargs: of transformers' ``from_pretrained``, such as ``dtype`` and ``device_map``.
 
     Raises:
-        CheckpointError: see :func:`check_checkpoint`; and where tensors of the model are missing.
+        CheckpointError: see :func:`check_checkpoint`; and where tensors of the model are missing, or with ``mtp`` the
+            layer is.
         ConfigError: for a ``quantization_config`` where the checkpoint is quantised already.
     """
     checkpoint = check_checkpoint(folder)
+    if mtp and not checkpoint.mtp:
+        raise CheckpointError(f"{folder} holds no MTP weights: leave mtp out, or give a folder that has them")
     if checkpoint.quantised and "quantization_config" in kwargs:
         raise ConfigError(
             f"{folder} is quantised already ({checkpoint.quantised}) and opens as floats: leave quantization_config out"
@@ -62,7 +67,7 @@ def load_model(folder: str | Path, **kwargs: Any) -> JoyAIForCausalLM:
     model.name_or_path = model.config.name_or_path = str(checkpoint.folder)  # where MTP weights are looked for
     if found["missing_keys"]:
         raise CheckpointError(f"{folder} leaves {some(sorted(found['missing_keys']))} out: download again")
-    return model
+    return attach_mtp(model, checkpoint.folder) if mtp else model
 
 
 def _as_it_is(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any]]:
@@ -74,8 +79,6 @@ def _as_floats(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any]]:
     """Say what ``from_pretrained`` reads where weights are dequantised: no folder, but weights by name."""
     config = _without_quantisation(checkpoint.config)
     config.dtype = config.dtype or torch.bfloat16
-    if any(name in checkpoint.storage.parts for name in checkpoint.mtp):
-        config.num_nextn_predict_layers = 0  # transformers would read them from the folder as they are, without scales
     given: dict[str, Any] = {
         "config": config,
         "state_dict": open_weights(checkpoint.folder, checkpoint.files, checkpoint.storage),
@@ -92,6 +95,28 @@ def _without_quantisation(config: JoyAIConfig) -> JoyAIConfig:
     return config
 
 
+def drafting_weights(model: Any, mtp: str | Path | None) -> tuple[dict[str, Tensor], int]:
+    """Return the MTP weights that go along with a model into a checkpoint, and of how many layers they are.
+
+    Args:
+        model: of the class of JoyAI or DeepSeek-V3.
+        mtp: a checkpoint folder that has them; None takes those of the layer that is attached, if one is.
+
+    Raises:
+        ConfigError: for a folder where a layer is attached.
+        CheckpointError: where the folder holds none, or those of another width.
+    """
+    attached = getattr(model, "mtp", None)
+    if mtp is None:
+        return ({}, 0) if attached is None else (mtp_weights(model), 1)
+    if attached is not None:
+        raise ConfigError(
+            f"the model has an MTP layer attached: leave mtp={str(mtp)!r} out, or detach_mtp(model) first"
+        )
+    source = check_checkpoint(mtp)
+    return stored_mtp(source, model), source.config.num_nextn_predict_layers
+
+
 def save_checkpoint(
     model: JoyAIForCausalLM,
     folder: str | Path,
@@ -103,16 +128,16 @@ def save_checkpoint(
     """Write a model in the published layout: a matrix an expert, and the MTP layer in a shard of its own.
 
     Args:
-        model: to write; weights keep their bits.
+        model: to write; weights keep their bits. An attached MTP layer goes along.
         folder: that is made; it is there as a whole or not at all.
-        mtp: a checkpoint folder whose MTP weights go along, as floats where they are quantised; without it the
-            configuration says that there are none.
+        mtp: a checkpoint folder whose MTP weights go along instead, as floats where they are quantised; without either
+            the configuration says that there are none.
         shard: size of a file at most, as transformers reads it.
         model_type: what the configuration calls itself; as ``deepseek_v3`` transformers opens it without pyra.
 
     Raises:
-        ConfigError: for an unknown ``model_type``, a model of another class, such as one with an adapter around it, or
-            one whose weights transformers holds quantised.
+        ConfigError: for an unknown ``model_type``, a model of another class, such as one with an adapter around it,
+            one whose weights transformers holds quantised, or ``mtp`` for one that has an MTP layer attached.
         OutputError: where ``folder`` holds something already.
         CheckpointError: where ``mtp`` holds no MTP weights, or those of another width.
     """
@@ -127,19 +152,18 @@ def save_checkpoint(
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} is there already: choose another folder")
-    source = None if mtp is None else check_checkpoint(mtp)
-    drafting = {} if source is None else mtp_weights(source, model)
+    drafting, layers = drafting_weights(model, mtp)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with writing(staging):
-            model.save_pretrained(staging, max_shard_size=shard)
+            model.save_pretrained(staging, max_shard_size=shard, state_dict=without_mtp(model.state_dict()))
             if drafting:
                 save_file(drafting, staging / MTP, metadata={"format": "pt"})
         _index(staging, drafting)
         values = read_json(staging / CONFIG)
         values |= {"architectures": PUBLISHED["architectures"], "model_type": model_type}
-        values["num_nextn_predict_layers"] = source.config.num_nextn_predict_layers if source else 0
+        values["num_nextn_predict_layers"] = layers
         if _method(model.config) in METHODS:
             del values["quantization_config"]
         write_json(staging / CONFIG, values)
@@ -170,25 +194,3 @@ def _method(holder: Any) -> str | None:
     told = getattr(holder, "quantization_config", None)
     method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
-
-
-def mtp_weights(checkpoint: Checkpoint, model: Any) -> dict[str, Tensor]:
-    """Read the MTP weights of a checkpoint for a model, as floats of its type where they are quantised.
-
-    Raises:
-        CheckpointError: where there are none, or those of another width.
-    """
-    if not checkpoint.mtp:
-        raise CheckpointError(f"{checkpoint.folder} holds no MTP weights")
-    own, theirs = ((each.num_hidden_layers, each.hidden_size) for each in (model.config, checkpoint.config))
-    if own != theirs:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its MTP layer follows {theirs[0]} layers of width {theirs[1]}, the model has "
-            f"{own[0]} of width {own[1]}"
-        )
-    stored = open_weights(checkpoint.folder, checkpoint.files, checkpoint.storage)
-    weights: dict[str, Tensor] = {}
-    for name in checkpoint.mtp:
-        value: Tensor = stored[name][...]
-        weights[name] = value.to(model.dtype) if isinstance(stored[name], Dequantised) else value
-    return weights

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pyra.backbones.joyai_checkpoint import CONFIG, check_checkpoint, mtp_weights
+from pyra.backbones.joyai_checkpoint import CONFIG, check_checkpoint
+from pyra.backbones.joyai_mtp_weights import stored_mtp, without_mtp
 from pyra.errors import CheckpointError, ExportError
 from pyra.experts.layers import expert_layers
 from pyra.experts.quantising import QuantisingConfig, refuse_unfit, rounded
@@ -88,7 +89,7 @@ def _mtp(subject: LanguageModel, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     mixed = any(".experts." in name for name in checkpoint.mtp)
     if mixed and checkpoint.config.n_routed_experts != model.config.n_routed_experts:
         return {}, {"layers": 0, "note": _OTHER_EXPERTS}
-    weights = mtp_weights(checkpoint, model)
+    weights = stored_mtp(checkpoint, model)
     cast = {
         name: value.to(torch.float32 if name.endswith("e_score_correction_bias") else dtype).contiguous()
         for name, value in weights.items()
@@ -130,7 +131,7 @@ def _weight_difference(subject: LanguageModel, found: Any, weights: str) -> floa
     """Return the largest difference of a weight from the model's, cast or rounded to what was written."""
     rounding, dtype = _rounding(subject, weights), _dtype(subject, weights)
     theirs, largest = found.state_dict(), 0.0
-    for name, value in subject.model.state_dict().items():
+    for name, value in without_mtp(subject.model.state_dict()).items():
         if rounding is not None and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             own = rounded(value.detach(), rounding)
         else:

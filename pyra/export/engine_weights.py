@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyra.backbones.joyai_folder import INDEX, MTP, SINGLE
+from pyra.backbones.joyai_mtp_weights import without_mtp
 from pyra.checkpoints import writing
 from pyra.errors import ExportError, UnsupportedModelError
 from pyra.experts.quantising import QuantisingConfig, quantise
@@ -77,7 +78,7 @@ def stored_tensors(model: nn.Module, dtype: torch.dtype, rounding: QuantisingCon
     """
     tied = family_of(model) != DEEPSEEK and bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
     found = []
-    for name, value in model.state_dict().items():
+    for name, value in without_mtp(model.state_dict()).items():
         if tied and name == "lm_head.weight":
             continue
         kind = torch.float32 if name.endswith(_BIAS) else dtype

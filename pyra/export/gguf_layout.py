@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyra.backbones.joyai_mtp_weights import without_mtp
 from pyra.errors import ExportError
 from pyra.export.engine_check import template_of
 from pyra.export.engine_config import family_of
@@ -42,7 +43,7 @@ def laid_out(model: nn.Module) -> Iterator[Laid]:
     """
     family, config = family_of(model), getattr(model, "config")  # noqa: B009
     names = engines_for(family)[-1].parameters
-    for name, value in model.state_dict().items():
+    for name, value in without_mtp(model.state_dict()).items():
         value = value.detach()
         if name == "lm_head.weight" and config.tie_word_embeddings and family != DEEPSEEK:
             continue

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyra.backbones.joyai import MODEL_TYPES, PUBLISHED
-from pyra.backbones.joyai_checkpoint import CONFIG, INDEX, MTP, check_checkpoint, mtp_weights
+from pyra.backbones.joyai_checkpoint import CONFIG, INDEX, MTP, drafting_weights
 from pyra.backbones.joyai_dequantised import open_weights
+from pyra.backbones.joyai_mtp_weights import without_mtp
 from pyra.checkpoints import writing
 from pyra.errors import ConfigError, ExportError, OutputError, UnsupportedModelError
 from pyra.experts.quantising import STACKS, QuantisingConfig, quantise, quantising_config, refuse_unfit, rounded
@@ -48,8 +49,8 @@ def write_int4(
         model: of the class of DeepSeek-V3 or JoyAI, in float; fake-quantised or not.
         folder: that is made; it is there as a whole or not at all. The tokenizer is to be saved beside it.
         group_size: inputs that share a scale; None takes that of :func:`pyra.experts.fake_quantise`, or 64.
-        mtp: a checkpoint folder whose MTP weights go along, as floats; without it the configuration says that there are
-            none.
+        mtp: a checkpoint folder whose MTP weights go along, as floats; without it those of an attached layer do, or the
+            configuration says that there are none.
 
     Raises:
         UnsupportedModelError: for a model of another kind.
@@ -66,14 +67,13 @@ def write_int4(
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} is there already: choose another folder")
-    source = None if mtp is None else check_checkpoint(mtp)
-    drafting = {} if source is None else mtp_weights(source, model)
+    drafting, layers = drafting_weights(model, mtp)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with writing(staging):
             _write_weights(model, staging, config, drafting)
-            _write_config(model, staging, config, source.config.num_nextn_predict_layers if source else 0)
+            _write_config(model, staging, config, layers)
         _compare(model, staging, config)
         staging.chmod(0o755)
         staging.replace(folder)
@@ -159,7 +159,7 @@ def _shards(model: Any) -> list[dict[str, Tensor]]:
     """Return the model's tensors, a dict a layer: the embedding is with the first, the head with the last."""
     shards: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-    for name, value in model.state_dict().items():
+    for name, value in without_mtp(model.state_dict()).items():
         if name != tied:
             number = name.split(".")[2] if name.startswith("model.layers.") else ""
             shards[int(number) if number else 0 if "embed_tokens" in name else -1][name] = value

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from pyra.backbones.joyai import JoyAIForCausalLM
 from pyra.backbones.joyai_checkpoint import INDEX, check_checkpoint, load_model, save_checkpoint
 from pyra.backbones.joyai_dequantised import dequantise, unpack
+from pyra.backbones.joyai_mtp import detach_mtp
 from pyra.backbones.joyai_quantised import read_scheme
 from pyra.errors import CheckpointError, ConfigError
 from pyra.tasks.language.models import load_decoder
@@ -102,11 +103,14 @@ def test_the_mtp_layer_drafts_where_it_is_float(tmp_path: Path) -> None:
     drafted(load_model(tmp_path / "int4"))
 
 
-def test_a_quantised_mtp_layer_drafts_from_a_folder_of_floats(tmp_path: Path) -> None:
-    write_quantised(tmp_path / "fp8", "fp8-blocks")
-    model = load_model(tmp_path / "fp8")
-    with pytest.raises(ValueError, match="MTP"):
-        model.generate(torch.arange(2, 14).unsqueeze(0), max_new_tokens=2, use_mtp=True, pad_token_id=1)
+def test_a_quantised_mtp_layer_drafts_as_floats(tmp_path: Path) -> None:
+    meant = write_quantised(tmp_path / "fp8", "fp8-blocks")
+    model = load_model(tmp_path / "fp8", mtp=True)
+    weight = model.get_parameter("mtp.mtp_block.mlp.up_proj.weight")
+    assert torch.equal(weight, meant["model.layers.4.mlp.up_proj.weight"].bfloat16())
+    drafted(model)
+    model = detach_mtp(model)
+    drafted(model)  # by the layer in the folder
     save_checkpoint(model, tmp_path / "floats", mtp=tmp_path / "fp8")
     drafted(load_model(tmp_path / "floats"))
 
