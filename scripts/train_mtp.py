@@ -11,10 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyra.errors import ConfigError
 from pyra.records import option
 from pyra.scripts.cli import parse
+
+if TYPE_CHECKING:
+    from pyra.tasks.language.mtp_training import MtpRecipe
 
 
 @dataclass(kw_only=True)
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _train(options, folder, MtpRecipe(**{name: getattr(options, name) for name in names}))
 
 
-def _train(options: MtpOptions, folder: Path, recipe: object) -> int:
+def _train(options: MtpOptions, folder: Path, recipe: MtpRecipe) -> int:
     from pyra.backbones.joyai_checkpoint import check_checkpoint, check_tokenizer, load_model, save_checkpoint
     from pyra.files import write_json
     from pyra.tasks.language.calibration import encoded

@@ -101,7 +101,8 @@ def check_gguf(path: Path, subject: LanguageModel) -> dict[str, Any]:
     architecture = read_keys(reader).get("general.architecture")
     found = {tensor.name: tensor for tensor in reader.tensors}
     expected = {laid.name: laid for laid in laid_out(subject.model)}
-    known = _known_names(str(architecture), subject.model.config.num_hidden_layers)  # type: ignore[union-attr]
+    told: Any = subject.model.config
+    known = _known_names(str(architecture), told.num_hidden_layers)
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not known" for name in found if name not in expected or _stem(name) not in known]
     for name in expected.keys() & found.keys():

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyra.backbones.joyai import MODEL_TYPES, PUBLISHED
-from pyra.backbones.joyai_checkpoint import CONFIG, INDEX, MTP, drafting_weights
+from pyra.backbones.joyai_checkpoint import CONFIG, INDEX, MTP, check_checkpoint, drafting_weights
 from pyra.backbones.joyai_dequantised import open_weights
 from pyra.backbones.joyai_mtp_weights import without_mtp
 from pyra.checkpoints import writing
