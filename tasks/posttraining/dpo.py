@@ -35,7 +35,7 @@ from pyra.tasks.posttraining.working import Score, carry_out, finished_run, told
 from pyra.tasks.results import RunResult
 from pyra.tasks.training import ready, refuse_output_in_data
 
-METRIC = "accuracy"
+METRIC = "preference_accuracy"
 LOGGED = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"
 )  # fmt: skip

@@ -135,7 +135,7 @@ def test_a_finished_run(
 ) -> None:
     asked = options(request.getfixturevalue(kind), pairs, tmp_path / "run", **changes)
     result, _ = train_dpo(asked)
-    assert (result.metric, result.higher_is_better, result.num_test) == ("accuracy", True, 6)
+    assert (result.metric, result.higher_is_better, result.num_test) == ("preference_accuracy", True, 6)
     record = told(tmp_path / "run")
     held, logged = record["held_out"], record["losses"]
     assert held["accuracy"] == result.value and held["margin"] > 0 and result.value >= 0.5
@@ -239,7 +239,7 @@ def test_the_command(llama: Path, pairs: Path, tmp_path: Path, capsys: pytest.Ca
     places = ["--backbone", str(llama), "--data", str(pairs), "--output", str(tmp_path / "run")]
     assert main(["dpo", *places, "--device", "cpu", "--steps", "2", "--batch-size", "4"]) == 0
     shown = capsys.readouterr().out
-    assert "6 pairs scored" in shown and "saved to" in shown
+    assert "preferred (%)" in shown and "6 pairs scored" in shown and "saved to" in shown
     with pytest.raises(SystemExit) as stopped:
         main(["dpo", "--help"])
     assert stopped.value.code == 0 and "pyra dpo --adapter runs/sft" in capsys.readouterr().out

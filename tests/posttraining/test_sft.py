@@ -28,6 +28,7 @@ from pyra.tasks.posttraining.sft import chat_trainer, encoded, train_sft, traini
 from pyra.tasks.posttraining.sft_options import SftOptions
 from pyra.tasks.posttraining.trainer import checkpointing
 from pyra.tasks.results import read_result
+from pyra.tasks.runs import load_run
 
 
 class Interruption(BaseException):
@@ -122,6 +123,8 @@ def test_a_finished_run_is_read_again(
 
     subject, again = load_posttrained(tmp_path / "run")
     assert isinstance(again, SftOptions) and again.method == asked.method
+    with pytest.raises(DataError, match="run is a run of pyra sft: what is about images does not take it"):
+        load_run(tmp_path / "run")
     assert not any("lora" in name for name, _ in subject.model.named_parameters())
     rows = read_rows(again.data).test
     loss = score_answers(subject, encoded(rows, subject, again).rows, again, torch.device("cpu"), "again")
