@@ -103,7 +103,8 @@ def _apart(
     values: Mapping[str, Any], shapes: Mapping[str, list[int]]
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Tell the model's tensors from those of MTP layers, which engines read apart or not at all."""
-    own, drafting = {}, {}
+    own: dict[str, list[int]] = {}
+    drafting: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         layer = _LAYER.match(name)
         after = layer is not None and int(layer[1]) >= values["num_hidden_layers"]
