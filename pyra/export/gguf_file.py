@@ -97,12 +97,12 @@ def check_gguf(path: Path, subject: LanguageModel) -> dict[str, Any]:
     Raises:
         ExportError: for a tensor that is missing, unknown, of another shape, or not the model's, rounded.
     """
-    reader = open_gguf(path)
+    reader, model = open_gguf(path), subject.model
+    config: Any = model.config
     architecture = read_keys(reader).get("general.architecture")
     found = {tensor.name: tensor for tensor in reader.tensors}
-    expected = {laid.name: laid for laid in laid_out(subject.model)}
-    told: Any = subject.model.config
-    known = _known_names(str(architecture), told.num_hidden_layers)
+    expected = {laid.name: laid for laid in laid_out(model)}
+    known = _known_names(str(architecture), config.num_hidden_layers)
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not known" for name in found if name not in expected or _stem(name) not in known]
     for name in expected.keys() & found.keys():
