@@ -81,9 +81,7 @@ class RlOptions(PostTrainingOptions):
         if self.algorithm == "fiberpo" and self.clip is not None:
             problems.append("--clip is of grpo and gspo: fiberpo has --c-plus, --c-minus and --fiber-eps")
         if self.beta and self.method == "full":
-            problems.append(
-                "--beta needs an adapter, which is switched off to compare with: take --method lora"
-            )
+            problems.append("--beta needs an adapter, which is switched off to compare with: take --method lora")
         if self.method == "adalora" or self.peft == "adalora":
             problems.append("adalora moves its ranks by a schedule of its own, which rollouts do not fit: take lora")
         try:
