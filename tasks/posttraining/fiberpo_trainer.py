@@ -114,7 +114,7 @@ class FiberPOTrainer(GRPOTrainer):
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
     @property
-    def _budgets(self) -> dict[str, float]:
+    def _budgets(self) -> dict[str, Any]:
         return {"c_plus": self.args.c_plus, "c_minus": self.args.c_minus, "eps": self.args.fiber_eps}
 
     def _divergence(self, logps: Tensor, log_ratio: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
