@@ -125,6 +125,13 @@ def note_rate(model: PeftModel) -> None:
         _states(model)[model.active_adapter] = (wrapped_config(model), wrapped_schedule(model))
 
 
+def share_rate(model: nn.Module, name: str) -> None:
+    """Have a further adapter merge as the active one does: one that PEFT itself has added would merge nothing."""
+    if isinstance(model, PeftModel) and wrapped_config(model) is not None:
+        note_rate(model)
+        _states(model)[name] = _states(model)[model.active_adapter]
+
+
 def _trains(module: nn.Module) -> bool:
     """Whether any parameter requires a gradient; ``parameters()`` takes ten times as long, as it looks for twins."""
     own = any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())

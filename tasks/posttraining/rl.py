@@ -19,7 +19,7 @@ from pyra.tasks.language.tokens import Answered
 from pyra.tasks.posttraining.questions import Question, answer_questions, encode_questions, question_rows
 from pyra.tasks.posttraining.rewards import Guarded, answer_reward, form_reward, length_reward
 from pyra.tasks.posttraining.rl_options import RlOptions
-from pyra.tasks.posttraining.rl_trainer import CURVES, Entry, curves_of, rollout_trainer
+from pyra.tasks.posttraining.rl_trainer import CURVES, REFERENCE, Entry, curves_of, rollout_trainer
 from pyra.tasks.posttraining.runs import continued, new_start
 from pyra.tasks.posttraining.scoring import cost_columns
 from pyra.tasks.posttraining.trainer import PostTrainer, fit_with
@@ -30,7 +30,6 @@ from pyra.tasks.training import ready, refuse_output_in_data
 
 METRIC = "accuracy"
 PICTURE = "curves.png"
-_REFERENCE = "ref"  # adapter that trl adds where --beta asks for the model before the training
 _FIRST = 5  # rollouts at either end that a summary is of
 
 Reward = Callable[..., Sequence[float | None]]
@@ -125,8 +124,8 @@ def fit_policy(
 
     logged = [*CURVES, *(f"rewards/{one.__name__}/failed" for one in rewards)]
     fitted = fit_with(make, model, options, folder, device, len(questions), logged)
-    if _REFERENCE in getattr(model, "peft_config", {}):
-        model.delete_adapter(_REFERENCE)  # type: ignore[operator]
+    if REFERENCE in getattr(model, "peft_config", {}):
+        model.delete_adapter(REFERENCE)  # type: ignore[operator]
     return dataclasses.replace(fitted, losses=curves_of(fitted.losses))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 
+from pyra.adapters.several import share_rate
 from pyra.errors import ConfigError
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.posttraining.fiberpo_trainer import FiberPOConfig, FiberPOTrainer
@@ -22,6 +23,9 @@ from pyra.tasks.posttraining.rl_options import CLIPS, RlOptions
 from pyra.tasks.posttraining.trainer import PostTrainer
 
 Entry = dict[str, float]
+
+REFERENCE = "ref"
+"""Adapter that trl adds, a copy of the one that is trained, where it is to be compared with how it began."""
 
 CURVES = {
     "loss": "loss",
@@ -111,6 +115,8 @@ def rollout_trainer(
         raise
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"trl cannot train this: {' '.join(str(error).split())[:300]}") from None
+    if REFERENCE in getattr(model, "peft_config", {}):
+        share_rate(model, REFERENCE)
     return made
 
 
