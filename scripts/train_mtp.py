@@ -11,10 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyra.errors import ConfigError
 from pyra.records import option
 from pyra.scripts.cli import parse
+
+if TYPE_CHECKING:
+    from pyra.tasks.language.mtp_training import MtpRecipe
 
 
 @dataclass(kw_only=True)
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _train(options, folder, MtpRecipe(**{name: getattr(options, name) for name in names}))
 
 
-def _train(options: MtpOptions, folder: Path, recipe: object) -> int:
+def _train(options: MtpOptions, folder: Path, recipe: MtpRecipe) -> int:
     from pyra.backbones.joyai_checkpoint import check_checkpoint, check_tokenizer, load_model, save_checkpoint
     from pyra.files import write_json
     from pyra.tasks.language.calibration import encoded
@@ -101,13 +105,9 @@ def _train(options: MtpOptions, folder: Path, recipe: object) -> int:
         f"test answers: {score['mtp']:.3f} nats a token two ahead, the decoder {score['decoder']:.3f} one ahead; "
         f"the same first choice for {100 * score['agree']:.1f} % of the tokens"
     )
-    print(f"{recipe_text(options)} in {seconds:.0f} s; written to {folder}")
+    trunk = "as it was" if options.trunk == "frozen" else "adapted"
+    print(f"{options.steps} steps in {seconds:.0f} s, decoder {trunk}; written to {folder}")
     return 0
-
-
-def recipe_text(options: MtpOptions) -> str:
-    """Say what was trained."""
-    return f"{options.steps} steps, decoder {'as it was' if options.trunk == 'frozen' else 'adapted'}"
 
 
 if __name__ == "__main__":
