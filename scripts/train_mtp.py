@@ -105,13 +105,9 @@ def _train(options: MtpOptions, folder: Path, recipe: MtpRecipe) -> int:
         f"test answers: {score['mtp']:.3f} nats a token two ahead, the decoder {score['decoder']:.3f} one ahead; "
         f"the same first choice for {100 * score['agree']:.1f} % of the tokens"
     )
-    print(f"{recipe_text(options)} in {seconds:.0f} s; written to {folder}")
+    trunk = "as it was" if options.trunk == "frozen" else "adapted"
+    print(f"{options.steps} steps in {seconds:.0f} s, decoder {trunk}; written to {folder}")
     return 0
-
-
-def recipe_text(options: MtpOptions) -> str:
-    """Say what was trained."""
-    return f"{options.steps} steps, decoder {'as it was' if options.trunk == 'frozen' else 'adapted'}"
 
 
 if __name__ == "__main__":
