@@ -409,7 +409,7 @@ REFUSED_FORWARDS: list[tuple[str, Callable[[Any, Tensor], Any], str]] = [
     (
         "drafts",
         lambda m, t: m.generate(t, use_mtp=True),
-        "use_mtp=True: the (model has no MTP layer|layer that drafts)",
+        "use_mtp=True: the (model has no|layer that)",
     ),
 ]
 
