@@ -47,7 +47,7 @@ def refuse_continuous_batching(*_: Any, **__: Any) -> Any:
 
 _CONTINUOUS = "init_continuous_batching"
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "use_mtp": (bool, "the layer that drafts reads every token; leave it out"),
+    "use_mtp": (bool, "the layer that drafts beside merged prompts is JoyAI's (pyra.backbones.joyai); leave it out"),
     "assistant_early_exit": (bool, "the first layers alone hold another cache; leave it out"),
     "use_cache": (lambda value: value is False, "the prompt would merge anew for every token; leave it out"),
     "prefill_chunk_size": (lambda value: value is not None, "a prompt merges as a whole; leave it out"),

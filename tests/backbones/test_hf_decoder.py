@@ -406,7 +406,11 @@ REFUSED_FORWARDS: list[tuple[str, Callable[[Any, Tensor], Any], str]] = [
     ("quantised", lambda m, t: m.generate(t, cache_implementation="quantized"), "cache_implementation='quantized'"),
     ("no cache", lambda m, t: m.generate(t, use_cache=False), "use_cache=False: the prompt would merge anew"),
     ("chunks", lambda m, t: m.generate(t, prefill_chunk_size=8), "prefill_chunk_size=8: a prompt merges as a whole"),
-    ("drafts", lambda m, t: m.generate(t, use_mtp=True), "use_mtp=True: the layer that drafts"),
+    (
+        "drafts",
+        lambda m, t: m.generate(t, use_mtp=True),
+        "use_mtp=True: the (model has no|layer that)",
+    ),
 ]
 
 
