@@ -16,7 +16,7 @@ from pyra.scripts.cli import parse
 class EvaluateOptions:
     """Options of ``pyra evaluate``."""
 
-    run: str = option("", "folder written by pyra train, or by pyra compress-experts")
+    run: str = option("", "folder written by pyra train, sft, dpo, rl or compress-experts")
     split: str = option("test", "split to score")
     rate: float | None = option(
         None, "share of the MACs to save; the run's own by default, any of its range if elastic"
@@ -27,7 +27,8 @@ class EvaluateOptions:
     backbone: str | None = option(None, "language: score this model without a run, by the prompts of --task")
     task: str | None = option(
         None,
-        "language, with --backbone (or after compress-experts, for another): the task, or a card file of yours",
+        "language, with --backbone or after sft, dpo, rl (or compress-experts, for another): the task, or a card file "
+        "of yours",
     )
     root: str | None = option(
         None, "language, with --backbone: folder with a folder of each task's files (PYRA_DATA by default)"
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if is_compression(options.run) and options.lm_eval is None:
         return _compression(options)
+    from pyra.tasks.posttraining.runs import run_kind
+
+    if run_kind(options.run) is not None:
+        return _posttrained(options)
     _refuse(options, _OF_BACKBONES, "goes with --backbone: a run knows its own")
     if options.lm_eval is not None:
         return _harness(options)
@@ -161,6 +166,29 @@ def _compression(options: EvaluateOptions) -> int:
     quiet_libraries()
     result, file, notes = evaluate_compression(
         options.run, Evaluation(**_asked(options)), task=options.task, root=options.root, data=options.data
+    )
+    print(results_table([result]))
+    for note in notes:
+        print(note)
+    print(f"written to {file}; in tables: pyra results {options.run} --evaluations")
+    return 0
+
+
+def _posttrained(options: EvaluateOptions) -> int:
+    """Ask what pyra sft, dpo or rl trained."""
+    _refuse_of_images(options)
+    _refuse(options, ("lm_eval",), "asks runs of pyra train: pyra export RUN --format engine writes a model for it")
+    _refuse(options, ("output", "overwrite"), f"goes with --backbone: the row is written into {options.run}")
+    from pyra.tasks.language.evaluation import Evaluation
+    from pyra.tasks.posttraining.evaluating import evaluate_posttrained
+    from pyra.tasks.quiet import quiet_libraries
+    from pyra.tasks.reports import results_table
+
+    if options.root is not None and options.data is not None:
+        raise ConfigError("give --root or --data, not both")
+    quiet_libraries()
+    result, file, notes = evaluate_posttrained(
+        options.run, options.task, Evaluation(**_asked(options)), root=options.root, data=options.data
     )
     print(results_table([result]))
     for note in notes:

@@ -115,7 +115,7 @@ def evaluate_language_run(folder: str | Path, asked: Evaluation) -> tuple[RunRes
     max_length = longest(options.backbone, config, encoder.tokenizer, changed.max_length, task.card.max_length)
     subject = Subject(subject.model.to(device), encoder, max_length, asked.answer or trained_for)
     examples = task.split(asked.split, changed.limit)
-    scored = _scored(subject, task, examples, changed, asked)
+    scored = scored_on(subject, task, examples, changed, asked)
     before = read_result(folder)
     names = ("chat", "thinking", "dtype", "limit", "max_new_tokens")
     how = {**{name: getattr(changed, name) for name in names}, **asked_settings(subject, asked.num_fewshot)}
@@ -192,7 +192,7 @@ class BareBackbone:
 
     def score(self) -> tuple[RunResult, Scored]:
         """Ask, and return the row with the answers."""
-        scored = _scored(self.subject, self.task, self.examples, self.options, self.asked)
+        scored = scored_on(self.subject, self.task, self.examples, self.options, self.asked)
         columns = {
             "split": self.asked.split,
             "test_sha256": examples_digest(self.examples),
@@ -220,9 +220,10 @@ def bare_backbone(
     return BareBackbone(subject, task, task.split(asked.split, changed.limit), changed, asked, weights, meter)
 
 
-def _scored(
+def scored_on(
     subject: Subject, task: TextTask, examples: Sequence[Example], options: LanguageOptions, asked: Evaluation
 ) -> Scored:
+    """Ask a model about examples as options and evaluation say; raises :class:`ConfigError` for shots before a head."""
     if asked.num_fewshot and subject.answer == "head":
         raise ConfigError(f"--num-fewshot {asked.num_fewshot} goes with prompts: this run answers by its head")
     how = Asking(

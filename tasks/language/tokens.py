@@ -16,6 +16,7 @@ from torch import Tensor
 from pyra.tasks.language.prompts import SEPARATOR
 from pyra.tasks.language.thoughts import Marks, opened, spoken, thought_marks
 
+_PROBE = "5ac1e07b"  # a text that no template holds
 _TAIL = 32  # tokens at the end of a prompt that a mark is looked for in
 
 IGNORED = -100
@@ -70,7 +71,7 @@ class Encoder:
         answer, the answers begin before them.
         """
         framed = self._framed(prompt)
-        separator = "" if self.chat else SEPARATOR
+        separator = self._gap if self.chat else SEPARATOR
         start = self.prompt(prompt)
         whole = [self._encode(framed + separator + answer) for answer in answers]
         if not self._encode(framed):
@@ -142,6 +143,18 @@ class Encoder:
         ids = self._plain(prompt + answer)
         shared = min(common_length(start, ids), len(ids) - 1)
         return Answered(ids, shared) if shared > 0 else Answered([self._first, *ids], 1)
+
+    @cached_property
+    def _gap(self) -> str:
+        """White space that the chat template writes between what asks and an answer."""
+        asked = {"role": "user", "content": "a"}
+        try:
+            before = self._framed("a")
+            whole = self.chat_text([asked, {"role": "assistant", "content": _PROBE}])
+        except ValueError:
+            return ""
+        between = whole.removeprefix(before).partition(_PROBE)[0]
+        return between if whole.startswith(before) and between.isspace() else ""
 
     @property
     def starting(self) -> list[int]:
