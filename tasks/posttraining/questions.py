@@ -74,6 +74,16 @@ def encode_questions(rows: Sequence[Row], encoder: Encoder, room: int) -> list[Q
     return kept
 
 
+def refuse_few(questions: Sequence[Question], options: RlOptions) -> None:
+    """Raise :class:`ConfigError` for fewer questions than a rollout has."""
+    prompts = options.batch_size // options.group
+    if len(questions) < prompts:
+        raise ConfigError(
+            f"a rollout has {prompts} prompts (--batch-size {options.batch_size} in groups of {options.group}), and "
+            f"there are {len(questions)} to train on: lower --batch-size or raise --group"
+        )
+
+
 def _question(row: Row, encoder: Encoder) -> Question:
     prompt, answer = row.values.get("prompt"), row.values.get("answer")
     if isinstance(prompt, str) and prompt.strip():

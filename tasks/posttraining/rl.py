@@ -16,7 +16,7 @@ from pyra.tasks.fitting import processes
 from pyra.tasks.fitting.fit import Fitted
 from pyra.tasks.language.runs import Subject
 from pyra.tasks.language.tokens import Answered
-from pyra.tasks.posttraining.questions import Question, answer_questions, encode_questions, question_rows
+from pyra.tasks.posttraining.questions import Question, answer_questions, encode_questions, question_rows, refuse_few
 from pyra.tasks.posttraining.rewards import Guarded, answer_reward, form_reward, length_reward
 from pyra.tasks.posttraining.rl_options import RlOptions
 from pyra.tasks.posttraining.rl_trainer import CURVES, REFERENCE, Entry, curves_of, rollout_trainer
@@ -67,6 +67,7 @@ def train_rl(
     start = new_start(options)
     room = start.subject.max_length - options.max_new_tokens
     train, test = (encode_questions(part, start.subject.encoder, room) for part in (rows.train, rows.test))
+    refuse_few(train, options)
     left_out = len(rows.train) + len(rows.test) - len(train) - len(test)
     guarded = [Guarded(reward, name, _warn) for name, reward in (rewards or rewards_of(options)).items()]
     work = _Rewarded(options, start.subject, train, test, guarded, device)

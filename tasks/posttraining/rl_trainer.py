@@ -88,14 +88,8 @@ def rollout_trainer(
         values: what every trainer is told.
 
     Raises:
-        ConfigError: for fewer questions than a rollout has, and for what trl's trainer cannot train.
+        ConfigError: for what trl's trainer cannot train.
     """
-    prompts = options.batch_size // options.group
-    if len(questions) < prompts:
-        raise ConfigError(
-            f"a rollout has {prompts} prompts (--batch-size {options.batch_size} in groups of {options.group}), and "
-            f"there are {len(questions)} to train on: lower --batch-size or raise --group"
-        )
     fiber = options.algorithm == "fiberpo"
     kind: Any = FiberTrainer if fiber else RatioTrainer
     tokenizer = copy.deepcopy(encoder.tokenizer)
