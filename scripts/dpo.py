@@ -11,7 +11,7 @@ from pyra.scripts.cli import parse
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
     from pyra.tasks.posttraining.dpo_options import DpoOptions
-    from pyra.tasks.posttraining.options import METHODS, listed
+    from pyra.tasks.posttraining.options import METHODS, listed, need_trl
 
     options = parse(
         DpoOptions,
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "  pyra dpo --backbone models/smollm2 --data pairs/ --method pyra --rate 0.5 --beta 0.05"
         ),
     )
+    need_trl("dpo")
     from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
 

@@ -10,7 +10,7 @@ from pyra.scripts.cli import parse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
-    from pyra.tasks.posttraining.options import METHODS, listed
+    from pyra.tasks.posttraining.options import METHODS, listed, need_trl
     from pyra.tasks.posttraining.sft_options import SftOptions
 
     options = parse(
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="pyra sft",
         description=(
             "Train a decoder on chats: rows of messages (role and content), or of a prompt and its completion.\nThe "
-            "loss is that of the assistant's turns; what was said before is a prompt, whose tokens may merge.\nHeld-out "
-            "answers are scored: nats a token, lower is better.\n\n"
+            "loss is that of the assistant's turns; what was said before is a prompt, whose tokens may merge.\n"
+            "Held-out answers are scored: nats a token, lower is better.\n\n"
             f"methods:\n{listed(METHODS)}"
         ),
         example=(
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "  torchrun --nproc_per_node 2 -m pyra.scripts.sft --backbone models/smollm2 --data chats/"
         ),
     )
+    need_trl("sft")
     from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
 

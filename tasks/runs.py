@@ -218,6 +218,8 @@ def _read_options(folder: Path) -> RunOptions:
     values = _read_json(folder, OPTIONS)
     if isinstance(values, dict) and values.get("kind") == "language":
         raise DataError(f"{folder} is a run on a language task: pyra evaluate takes it, what is about images does not")
+    if isinstance(values, dict) and isinstance(values.get("kind"), str):
+        raise DataError(f"{folder} is a run of pyra {values['kind']}: what is about images does not take it")
     problems = record_problems(RunOptions, values)
     if problems:
         raise DataError(f"{folder / OPTIONS} holds no options of a run: {'; '.join(problems)}")

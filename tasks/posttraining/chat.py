@@ -143,9 +143,7 @@ def _messages_of(values: Mapping[str, Any]) -> list[Message]:
         asked, said = needed(values, ("prompt", "completion"))
         messages = [*as_messages(asked, "prompt", "user"), *as_messages(said, "completion", "assistant")]
     if messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"the last message is of {messages[-1]['role']}, there is no answer to learn: end with assistant"
-        )
+        raise ValueError(f"the last message is of {messages[-1]['role']}: a chat ends with the assistant's answer")
     if messages[0]["role"] == "assistant":
         raise ValueError("the assistant speaks first: there is nothing that it answers")
     return messages

@@ -35,7 +35,7 @@ from pyra.tasks.posttraining.working import Score, carry_out, finished_run, told
 from pyra.tasks.results import RunResult
 from pyra.tasks.training import ready, refuse_output_in_data
 
-METRIC = "accuracy"
+METRIC = "preference_accuracy"
 LOGGED = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"
 )  # fmt: skip
@@ -152,8 +152,8 @@ def refuse_other_words(reference: str, encoder: Encoder) -> None:
     if other != own:
         differing = next(word for word in {**own, **other} if own.get(word) != other.get(word))
         raise ConfigError(
-            f"--reference {reference} has another vocabulary ({len(other)} tokens, the backbone {len(own)}; {differing!r} "
-            "is one of those that differ): give a model with the same tokenizer"
+            f"--reference {reference} has another vocabulary ({len(other)} tokens, the backbone {len(own)}; such "
+            f"as {differing!r}): give a model with the same tokenizer"
         )
 
 

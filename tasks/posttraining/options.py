@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from pyra.errors import ConfigError
 from pyra.records import ABOVE_0, bound_problems, option
 from pyra.tasks.language.adaptation import METHODS as METHODS
 from pyra.tasks.language.adaptation import AdaptationOptions
@@ -65,6 +67,12 @@ class PostTrainingOptions(AdaptationOptions, _ChatOptions):
 def listed(names: Mapping[str, str]) -> str:
     """Return names and what they are as lines of a help text."""
     return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
+
+
+def need_trl(verb: str) -> None:
+    """Raise :class:`ConfigError` where trl is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise ConfigError(f"pyra {verb} needs trl: pip install 'pyra-adapt[posttraining]'")
 
 
 def contradictions(options: PostTrainingOptions, earlier: AdaptationOptions) -> list[str]:

@@ -33,7 +33,7 @@ from pyra.tasks.results import RunResult
 from pyra.tasks.training import ready, refuse_output_in_data
 
 METRIC = "answer_nll"
-LOGGED = ("mean_token_accuracy", "entropy", "num_tokens")
+LOGGED = ("mean_token_accuracy", "entropy")
 KEYS = ("messages", "prompt", "completion", *COMMON)
 ISOLATES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 """Attention implementations that keep the samples of a packed row apart by their positions."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from pyra.adapters.adalora import RankAllocation
 from pyra.adapters.recipe import parameter_groups
@@ -98,8 +100,15 @@ def fit_with(
 def _values(options: PostTrainingOptions, folder: Path, device: torch.device, examples: int) -> dict[str, Any]:
     values = training_values(options, folder, device, examples)
     # A router that is frozen, or balanced already, is not to be balanced again: trl would, for some mixtures.
-    values |= {"gradient_checkpointing": options.gradient_checkpointing, "router_aux_loss_coef": 0.0}
+    values |= checkpointing(options) | {"router_aux_loss_coef": 0.0}
     return values if options.steps is None else values | {"max_steps": options.steps}
+
+
+def checkpointing(options: PostTrainingOptions) -> dict[str, bool]:
+    """Return whether activations are recomputed, under the name that the installed transformers has for it."""
+    names = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: options.gradient_checkpointing}
 
 
 @contextmanager

@@ -9,7 +9,13 @@ from tabulate import tabulate
 
 from pyra.tasks.results import PROTOCOLS, RunResult
 
-_PERCENT = {"accuracy": "top-1 (%)", "top1": "top-1 (%)", "top-1": "top-1 (%)", "top5": "top-5 (%)"}
+_PERCENT = {
+    "accuracy": "top-1 (%)",
+    "top1": "top-1 (%)",
+    "top-1": "top-1 (%)",
+    "top5": "top-5 (%)",
+    "preference_accuracy": "preferred (%)",
+}
 ANSWER_NLL = "answer NLL"
 """Header of the mean negative log-likelihood of the right answers, in nats a token."""
 
