@@ -20,6 +20,7 @@ from pyra.export.engine_record import EngineRecord
 from pyra.export.engine_tokenizer import PROBES
 from pyra.export.language import LanguageModel, export_language_model
 from pyra.export.language_formats import LANGUAGE_FORMATS, language_format
+from pyra.export.linear_training import trains_as_rounded, undo_fake_quantise_linear
 from pyra.tasks.language.adaptation import AdaptationOptions
 from pyra.tasks.language.answer_loss import AnswerLoss, answer_rows
 from pyra.tasks.language.compression import is_compression
@@ -61,6 +62,10 @@ WHOLE_PROMPTS = (
 )
 _TRAINED_ROUNDED = (
     "experts were trained as INT4 rounds them: engine-int4 writes what was trained, other formats its float weights"
+)
+_LINEAR_ROUNDED = (
+    "linear layers were trained as torchao-int4 rounds them, which these engines do not read: the float weights are "
+    "written"
 )
 
 
@@ -161,8 +166,10 @@ def _generated(subject: Subject, prompt: list[int]) -> Answered:
 def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: Sequence[Answered]) -> LanguageModel:
     """Return a trained model, nothing merging or rounded any more, with what that was."""
     rounding = quantising_config(subject.model)
+    notes = [] if rounding is None else [_TRAINED_ROUNDED]
+    notes += [_LINEAR_ROUNDED] if trains_as_rounded(subject.model) else []
     merging = whole_prompts(subject.model, rows)
-    model = undo_fake_quantise(subject.model)
+    model = undo_fake_quantise_linear(undo_fake_quantise(subject.model))
     return LanguageModel(
         model,
         subject.encoder.tokenizer,
@@ -170,7 +177,7 @@ def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: S
         f"a run, {folder.name}: {options.label} of {Path(options.backbone).name}",
         group=None if rounding is None else rounding.group_size,
         merging=merging,
-        notes=[] if rounding is None else [_TRAINED_ROUNDED],
+        notes=notes,
         **_told(options.backbone, model),
     )
 

@@ -49,6 +49,16 @@ def fake_quantise_linear(model: Model, leave: Collection[nn.Module] = ()) -> Mod
     return model
 
 
+def undo_fake_quantise_linear(model: Model) -> Model:
+    """Put ordinary linear layers back, with the float weights as they are now; return the model."""
+    for holder in list(model.modules()):
+        for name, child in list(holder.named_children()):
+            if is_rounded(child):
+                layer: Any = child
+                setattr(holder, name, layer.to_linear())
+    return model
+
+
 def trains_as_rounded(model: nn.Module) -> bool:
     """Whether :func:`fake_quantise_linear` was applied to a model; torchao is not asked for it."""
     return any(is_rounded(module) for module in model.modules())

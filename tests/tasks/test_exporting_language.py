@@ -127,6 +127,24 @@ def test_a_run_of_post_training_takes_its_chat_template_along(backbone: Path, tm
     assert language_subject(tmp_path / "sft").merging["answers"] == 3  # type: ignore[index]
 
 
+@pytest.mark.parametrize("mixes", [True, False], ids=["experts", "linear layers"])
+def test_runs_that_were_trained_as_rounded(
+    mixes: bool, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {"hidden_size": 64, "moe_intermediate_size": 64}
+    start = mixture(tmp_path / "wide", **wide) if mixes else save(decoder(), tokenizer(), tmp_path / "dense")
+    plain = {"method": "full", "keep": None, "qat": "int4", "lr": 1e-3}
+    train_language(options(start, root, tmp_path / "run", **plain))
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), "--format", "engine-fp32", "--output", str(tmp_path / "engine")]) == 0
+    said = "experts were trained as INT4" if mixes else "linear layers were trained as torchao-int4 rounds them"
+    assert said in capsys.readouterr().out
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "engine").state_dict()
+    own = load_language_run(tmp_path / "run")[0].model.state_dict()
+    name = "model.layers.1.mlp.experts.down_proj" if mixes else "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(found[name], own[name])
+
+
 def test_fewer_experts_and_plain_folders(backbone: Path, root: Path, tmp_path: Path) -> None:
     given = ["--backbone", str(backbone), "--root", str(root), "--keep", "4", "--limit", "4", "--device", "cpu"]
     assert main(["compress-experts", *given, "--output", str(tmp_path / "pruned")]) == 0
