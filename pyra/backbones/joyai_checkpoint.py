@@ -134,7 +134,7 @@ def save_checkpoint(
         raise ConfigError(
             f"the model has an MTP layer attached: leave mtp={str(mtp)!r} out, or detach_mtp(model) first"
         )
-    drafting, layers = mtp_weights(model), int(model.mtp is not None)
+    drafting, layers = mtp_weights(model, model.state_dict()), int(model.mtp is not None)
     if mtp is not None:
         source = check_checkpoint(mtp)
         drafting, layers = stored_mtp(source, model), source.config.num_nextn_predict_layers
