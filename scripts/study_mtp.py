@@ -28,6 +28,9 @@ class StudyOptions:
     max_new_tokens: int = option(64, "tokens of each answer")
     rounds: int = option(5, "timed turns")
     rate: float | None = option(None, "merge the prompts at this rate, without training")
+    clock: str = option(
+        "wall", "time of the clock, or seconds of this process on the CPU (for one thread)", choices=("wall", "cpu")
+    )
     device: str = option("auto", "auto, cpu or cuda")
     output: str = option("mtp.json", "file for the rows")
 

@@ -108,7 +108,7 @@ def drafting_weights(model: Any, mtp: str | Path | None) -> tuple[dict[str, Tens
     """
     attached = getattr(model, "mtp", None)
     if mtp is None:
-        return ({}, 0) if attached is None else (mtp_weights(model), 1)
+        return ({}, 0) if attached is None else (mtp_weights(model, model.state_dict()), 1)
     if attached is not None:
         raise ConfigError(
             f"the model has an MTP layer attached: leave mtp={str(mtp)!r} out, or detach_mtp(model) first"

@@ -53,22 +53,23 @@ class DraftRecord:
 class DraftsWithMtp:
     """Modifications: ``generate(use_mtp=True)`` drafts here, ``save_pretrained`` writes an attached layer.
 
-    ``generate`` takes besides, or reads from the generation configuration: ``mtp_draft_tokens``, tokens of a draft (1
-    by default), and ``mtp_record``, a :class:`DraftRecord`.
+    ``generate`` takes besides: ``mtp_draft_tokens``, tokens of a draft (1 by default), which may also stand in the
+    generation configuration, and ``mtp_record``, a :class:`DraftRecord`.
     """
 
     drafts_with_mtp = True
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
         """Keep what transformers has no field for, and refuse what does not go with drafts, before anything runs."""
-        own = {name: kwargs.pop(name) for name in (_TOKENS, _RECORD) if kwargs.get(name) is not None}
+        given = {name: kwargs.pop(name, None) for name in (_TOKENS, _RECORD)}
+        own = {name: value for name, value in given.items() if value is not None}
         prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         for name, value in own.items():
             setattr(prepared, name, value)
         if prepared.use_mtp:
             _check(self, prepared, rest.get("past_key_values"))
         elif own:
-            raise ConfigError(f"{' and '.join(sorted(own))} go with use_mtp=True")
+            raise ConfigError(f"{' and '.join(sorted(own))}: say use_mtp=True, too, or leave it out")
         return prepared, rest
 
     def _get_candidate_generator(self, generation_config: Any, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -97,8 +98,9 @@ class DraftsWithMtp:
         model: Any = self
         if model.mtp is not None and getattr(model, "hf_quantizer", None) is not None:
             raise ConfigError("the model is quantised, and its MTP layer would be lost: detach_mtp(model) comes first")
-        if model.mtp is not None and state_dict is None:
-            state_dict = {**without_mtp(model.state_dict()), **mtp_weights(model)}
+        if model.mtp is not None:
+            state = model.state_dict() if state_dict is None else state_dict
+            state_dict = {**without_mtp(state), **mtp_weights(model, state)}
         before = model.config.num_nextn_predict_layers
         model.config.num_nextn_predict_layers = int(model.mtp is not None)
         try:
@@ -189,7 +191,7 @@ def _check(model: Any, asked: Any, cache: Any) -> None:
             f"use_mtp=True begins with an empty cache, this one holds {cache.get_seq_length()} tokens: leave "
             "past_key_values out, or use_mtp"
         )
-    _find(model)
+    _refuse_missing(model)
 
 
 _REFUSED: dict[str, Any] = {
@@ -203,34 +205,23 @@ _REFUSED: dict[str, Any] = {
 }
 
 
-def _find(model: Any) -> Path | None:
-    """Return the folder whose MTP layer drafts, or None where one is attached.
-
-    Raises:
-        ConfigError: where neither is.
-    """
-    if model.mtp is not None:
-        return None
+def _refuse_missing(model: Any) -> None:
+    """Raise :class:`ConfigError` where a layer is neither attached nor in the model's folder."""
     from pyra.backbones.joyai_folder import check_checkpoint
-    from pyra.errors import CheckpointError
 
     name = model.config.name_or_path
-    folder = Path(name).expanduser()
-    try:
-        holds = bool(name) and folder.is_dir() and bool(check_checkpoint(folder).mtp)
-    except CheckpointError:
-        holds = False
-    if holds:
-        return folder
-    raise ConfigError(
-        f"use_mtp=True: the model has no MTP layer, and neither has {f'its folder {folder}' if name else 'a folder'}: "
-        "attach_mtp(model, FOLDER) reads one, python -m pyra.scripts.train_mtp trains one; or leave it out"
-    )
+    is_folder = bool(name) and Path(name).expanduser().is_dir()
+    if model.mtp is None and not (is_folder and check_checkpoint(name).mtp):
+        looked = f"its folder {name} holds none" if is_folder else "it comes from no folder that could hold one"
+        raise ConfigError(
+            f"use_mtp=True: the model has no MTP layer, and {looked}: attach_mtp(model, FOLDER) reads one, "
+            "python -m pyra.scripts.train_mtp trains one; or leave it out"
+        )
 
 
 def _layer(model: Any) -> nn.Module:
     """Return the layer that drafts; one that is not attached is read for this call."""
     from pyra.backbones.joyai_mtp import read_layer
 
-    folder = _find(model)
-    return model.mtp if folder is None else read_layer(model, folder).eval()
+    layer: nn.Module = read_layer(model, model.config.name_or_path).eval() if model.mtp is None else model.mtp
+    return layer

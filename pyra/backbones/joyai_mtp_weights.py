@@ -35,14 +35,21 @@ def checkpoint_name(name: str) -> str:
     return name.removeprefix("mtp_block.")
 
 
-def mtp_weights(model: JoyAIForCausalLM) -> dict[str, Tensor]:
-    """Return the attached layer as a checkpoint's shard has it: its weights and a copy of the embedding; else none."""
-    layer = model.mtp
-    if layer is None:
-        return {}
-    prefix = checkpoint_prefix(model)
-    found = {prefix + checkpoint_name(name): value for name, value in layer.state_dict().items()}
-    found[f"{prefix}embed_tokens.weight"] = model.get_input_embeddings().weight.detach().clone()
+def mtp_weights(model: JoyAIForCausalLM, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the attached layer as a checkpoint's shard has it.
+
+    Args:
+        model: with the layer or without.
+        state: of the model, of which the layer's tensors are taken.
+
+    Returns:
+        Its weights and a copy of the embedding; nothing where ``state`` has no such layer.
+    """
+    prefix, inner = checkpoint_prefix(model), f"{MTP_ATTRIBUTE}."
+    own = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
+    found = {prefix + checkpoint_name(name): value for name, value in own.items()}
+    if found:
+        found[f"{prefix}embed_tokens.weight"] = model.get_input_embeddings().weight.detach().clone()
     return found
 
 

@@ -61,7 +61,7 @@ def study_mtp(options: Any) -> dict[str, Any]:
     found: dict[int, list[list[Answer]]] = {count: [] for count in counts}
     turns = [(turn, count) for turn in range(1 + options.rounds) for count in counts]
     for turn, count in tqdm(turns, desc="drafts", unit="turn", leave=False, disable=None):
-        answers = [_answer(model, ids, count, options.max_new_tokens) for ids in prompts]
+        answers = [_answer(model, ids, count, options) for ids in prompts]
         if count and [one.ids for one in answers] != [one.ids for one in found[0][-1]]:
             raise ConfigError(f"answers with {count} drafted tokens are others than without: nothing is timed")
         if turn or not count:  # the first turn warms up
@@ -77,21 +77,22 @@ def study_mtp(options: Any) -> dict[str, Any]:
 class _Clock(BaseStreamer):
     """Notes when the prompt and each piece of the answer is there."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cpu: bool) -> None:
         self.device, self.stamps = device, list[float]()
+        self.now = time.process_time if cpu else time.perf_counter
 
     def put(self, value: Tensor) -> None:
         """Note a piece."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.stamps.append(time.perf_counter())
+        self.stamps.append(self.now())
 
     def end(self) -> None:
         """Note nothing."""
 
 
-def _answer(model: JoyAIForCausalLM, ids: Tensor, count: int, most: int) -> Answer:
-    record, clock = DraftRecord(), _Clock(ids.device)
+def _answer(model: JoyAIForCausalLM, ids: Tensor, count: int, options: Any) -> Answer:
+    record, clock, most = DraftRecord(), _Clock(ids.device, options.clock == "cpu"), options.max_new_tokens
     drafts = {"use_mtp": True, "mtp_draft_tokens": count, "mtp_record": record} if count else {}
     asked = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False, "pad_token_id": 0, **drafts}
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **asked)

@@ -142,6 +142,14 @@ def test_without_a_layer_the_written_configuration_has_none(writer: str, publish
     assert model.config.num_nextn_predict_layers == 1  # of the folder it was read from
 
 
+def test_a_state_that_a_trainer_gathered_is_written_alike(published: Path, tmp_path: Path) -> None:
+    model = load_model(published, mtp=True)
+    model.save_pretrained(tmp_path / "a", state_dict={name: 2 * value for name, value in model.state_dict().items()})
+    name = "model.layers.4.mlp.up_proj.weight"
+    assert torch.equal(stored(tmp_path / "a")[name], 2 * stored(published)[name])
+    assert not any(name.startswith("mtp.") for name in stored(tmp_path / "a"))
+
+
 def test_a_copy_and_a_state_carry_the_layer(model: joyai.JoyAIForCausalLM) -> None:
     twin = copy.deepcopy(model)
     assert states_equal(twin, model) and twin.mtp is not model.mtp
@@ -515,7 +523,7 @@ def test_drafts_of_a_model_that_has_no_layer(published: Path, tmp_path: Path) ->
         ({"mtp_draft_tokens": 1.5}, "got 1.5"),
         ({"mtp_draft_tokens": True}, "got True"),
         ({"mtp_record": []}, "must be a DraftRecord, got list"),
-        ({"use_mtp": False, "mtp_draft_tokens": 2}, "mtp_draft_tokens go with use_mtp=True"),
+        ({"use_mtp": False, "mtp_draft_tokens": 2}, "mtp_draft_tokens: say use_mtp=True, too"),
         ({"num_beams": 2}, "does not go with num_beams=2"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
