@@ -199,5 +199,4 @@ def _line(name: str, rows: Sequence[Row]) -> Mapping[str, str]:
         "clipped %": share("clipped"),
         "rolling back %": share("trajectories_rolling_back"),
         "beyond budget %": share("trajectories_zeroed"),
-        "seconds": f"{mean(row['train_seconds'] for row in rows):.0f}",
     }
