@@ -19,7 +19,7 @@ _DATA = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result and how the training went."""
-    from pyra.tasks.posttraining.options import METHODS, listed
+    from pyra.tasks.posttraining.options import METHODS, listed, need_trl
     from pyra.tasks.posttraining.rl_options import ALGORITHMS, REWARDS, RlOptions
 
     options = parse(
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "  pyra rl --backbone models/smollm2 --data problems.jsonl --method pyra --rate 0.5 --output runs/m"
         ),
     )
+    need_trl("rl")
     from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
 

@@ -301,9 +301,10 @@ def test_the_command(llama: Path, chats: Path, tmp_path: Path, capsys: pytest.Ca
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["sft", "dpo", "rl"])
 def test_without_trl_the_command_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    assert main(["sft", "--backbone", "x", "--data", "y"]) == 2
-    assert "pyra sft needs trl: pip install 'pyra-adapt[posttraining]'" in capsys.readouterr().err
+    assert main([verb, "--backbone", "x", "--data", "y"]) == 2
+    assert f"pyra {verb} needs trl: pip install 'pyra-adapt[posttraining]'" in capsys.readouterr().err
