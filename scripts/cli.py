@@ -16,7 +16,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -124,6 +124,11 @@ def peek(argv: Sequence[str] | None, name: str) -> str | None:
         return None
     value = content.get(name) if isinstance(content, dict) else None
     return None if value is None else str(value)
+
+
+def listed(names: Mapping[str, str]) -> str:
+    """Return names and what they are as lines of a help text."""
+    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 def to_yaml(options: Any) -> str:

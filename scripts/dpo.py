@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pyra.scripts.cli import parse
+from pyra.scripts.cli import listed, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result as a table."""
     from pyra.tasks.posttraining.dpo_options import DpoOptions
-    from pyra.tasks.posttraining.options import METHODS, listed, need_trl
+    from pyra.tasks.posttraining.options import METHODS, need_trl
 
     options = parse(
         DpoOptions,

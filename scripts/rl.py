@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pyra.scripts.cli import parse
+from pyra.scripts.cli import listed, parse
 
 if TYPE_CHECKING:
     from pyra.tasks.results import RunResult
@@ -19,7 +19,7 @@ _DATA = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, print the result and how the training went."""
-    from pyra.tasks.posttraining.options import METHODS, listed, need_trl
+    from pyra.tasks.posttraining.options import METHODS, need_trl
     from pyra.tasks.posttraining.rl_options import ALGORITHMS, REWARDS, RlOptions
 
     options = parse(

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from pyra.errors import ConfigError
 from pyra.records import option, record_problems
 from pyra.scripts.cli import parse
+from pyra.scripts.studies import begun_record, several_ways, told
 
 if TYPE_CHECKING:
     from pyra.tasks.language.options import LanguageOptions
@@ -67,17 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()  # before anything else loads them
-    runs = {text.strip(): _run(text, options) for text in options.ways.split(";") if text.strip()}
-    if not runs:
-        raise ConfigError("--ways is empty")
+    ways = several_ways("--ways", options.ways, "method: pyra, rate: 0.5")
+    runs = {name: _run(name, way, options) for name, way in ways.items()}
     from dataclasses import replace
 
     from pyra.files import write_json
-    from pyra.tasks.language.prompt_training import prefill_rows, train_and_score, training_table
+    from pyra.tasks.language.prompt_training import pairs_table, prefill_rows, train_and_score, training_table
     from pyra.tasks.results import environment
     from pyra.tasks.runs import resolve_device
 
-    record = _begun(options)
+    left_out = ("root", "data", "output", "ways", "seeds", "rounds", "device")
+    record = begun_record(options.output, told(options, left_out), prefill={})
     for seed in range(options.seeds):
         for name, run in runs.items():
             if any((row["name"], row["seed"]) == (name, seed) for row in record["rows"]):
@@ -88,51 +86,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.rounds:
         record["prefill"] = prefill_rows(runs, options.test, options.rounds)
         write_json(options.output, record)
-    print(training_table([row for row in record["rows"] if row["name"] in runs], record["prefill"]))
+    rows = [row for row in record["rows"] if row["name"] in runs]
+    print(training_table(rows, record["prefill"]))
+    print(pairs_table(rows))
     print(f"written to {options.output} (nats a token; differences in pairs, with their standard error)")
     return 0
 
 
-def _run(text: str, options: StudyOptions) -> LanguageOptions:
-    """Read one way.
+def _run(name: str, way: dict[str, Any], options: StudyOptions) -> LanguageOptions:
+    """Return the run of one way.
 
     Raises:
-        ConfigError: for what is no YAML, or no options of a run.
+        ConfigError: for what are no options of a run.
     """
     from pyra.tasks.language.options import LanguageOptions
 
     shared = ("backbone", "task", "root", "data", "epochs", "batch_size", "lr", "targets", "max_new_tokens", "dtype",
               "device")  # fmt: skip
-    try:
-        way: Any = yaml.safe_load(f"{{{text}}}")
-    except yaml.YAMLError:
-        raise ConfigError(f"--ways: {text.strip()!r} is no YAML such as 'method: pyra, rate: 0.5'") from None
-    values = {"dropout": 0.0, "limit": options.train, **{name: getattr(options, name) for name in shared}, **way}
+    values = {"dropout": 0.0, "limit": options.train, **{key: getattr(options, key) for key in shared}, **way}
     if problems := record_problems(LanguageOptions, values):
-        raise ConfigError(f"--ways: {text.strip()!r}: {'; '.join(problems)}")
+        raise ConfigError(f"--ways: {name!r}: {'; '.join(problems)}")
     return LanguageOptions(**values)
-
-
-def _begun(options: StudyOptions) -> dict[str, Any]:
-    """Return the record that the output file holds already, if it is of the same options, or a new one.
-
-    Raises:
-        ConfigError: where the file holds something else.
-    """
-    from pyra.files import read_json
-
-    left_out = ("root", "data", "output", "ways", "seeds", "rounds", "device")
-    told = {name: value for name, value in asdict(options).items() if name not in left_out}
-    told["backbone"] = Path(options.backbone).name
-    if not Path(options.output).exists():
-        return {"options": told, "rows": [], "prefill": {}}
-    try:
-        found = read_json(options.output)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("options") != told or not isinstance(found.get("rows"), list):
-        raise ConfigError(f"--output {options.output} holds something else: give another file")
-    return found
 
 
 if __name__ == "__main__":

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from dataclasses import dataclass
 
 from pyra.errors import ConfigError
 from pyra.records import option
 from pyra.scripts.cli import parse
-
-if TYPE_CHECKING:
-    from pyra.config import PyraConfig
+from pyra.scripts.studies import several_ways, told
 
 _SETTINGS = (
     "rate: 0.5; rate: 0.5, size_bias: true; rate: 0.5, size_bias: false; rate: 0.5, rule: drop; "
@@ -58,28 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()  # before anything else loads them
-    configs = {text.strip(): _config(text) for text in options.settings.split(";") if text.strip()}
+    from pyra.config import PyraConfig
+
+    settings = several_ways("--settings", options.settings, "rate: 0.5, rule: drop")
+    configs = {name: PyraConfig.from_dict({"reactivation": False, **values}) for name, values in settings.items()}
     from pyra.files import write_json
     from pyra.tasks.language.prompt_study import study_prompts, study_table
 
     found = study_prompts(options.backbone, options.task, options.root, options.data, configs, options)
     print(study_table(found["rows"]))
-    left_out = ("root", "data", "output")
-    told = {name: value for name, value in asdict(options).items() if name not in left_out}
-    told["backbone"] = Path(options.backbone).name
-    write_json(options.output, {"options": told, **found})
+    write_json(options.output, {"options": told(options, ("root", "data", "output")), **found})
     print(f"written to {options.output} (nats a token; differences in pairs, with their standard error)")
     return 0
-
-
-def _config(text: str) -> PyraConfig:
-    from pyra.config import PyraConfig
-
-    try:
-        values: Any = yaml.safe_load(f"{{{text}}}")
-    except yaml.YAMLError:
-        raise ConfigError(f"--settings: {text.strip()!r} is no YAML such as 'rate: 0.5, rule: drop'") from None
-    return PyraConfig.from_dict({"reactivation": False, **values})
 
 
 if __name__ == "__main__":

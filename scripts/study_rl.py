@@ -10,15 +10,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from pyra.errors import ConfigError
 from pyra.records import option, record_problems
 from pyra.scripts.cli import parse
+from pyra.scripts.studies import begun_record, several_ways, told
 
 if TYPE_CHECKING:
     from pyra.tasks.posttraining.rl_options import RlOptions
@@ -57,11 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if min(options.seeds, options.supervised, options.rollouts) < 1:
         raise ConfigError("--seeds, --supervised and --rollouts must be at least 1")
-    texts = [text.strip() for text in options.ways.split(";") if text.strip()]
-    if not texts:
-        raise ConfigError("--ways is empty")
+    ways = several_ways("--ways", options.ways, "algorithm: fiberpo, fiber_eps: 0.1")
     with tempfile.TemporaryDirectory() as folder:
-        runs = {text: _run(text, options, folder) for text in texts}
+        runs = {name: _run(name, way, options, folder) for name, way in ways.items()}
         return _study(options, runs, Path(folder))
 
 
@@ -76,7 +73,7 @@ def _study(options: StudyOptions, runs: dict[str, RlOptions], folder: Path) -> i
     from pyra.tasks.reports.curves import draw_curves
     from pyra.tasks.results import environment
 
-    record = _begun(options)
+    record = begun_record(options.output, told(options, ("output", "ways", "seeds", "first_seed")))
     losses = make_pupil(folder, next(iter(runs.values())), options.supervised)
     print(f"supervised: loss {losses[-1]:.3f} after {len(losses)} steps", file=sys.stderr)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -94,45 +91,20 @@ def _study(options: StudyOptions, runs: dict[str, RlOptions], folder: Path) -> i
     return 0
 
 
-def _run(text: str, options: StudyOptions, folder: str) -> RlOptions:
-    """Read one way.
+def _run(name: str, way: dict[str, Any], options: StudyOptions, folder: str) -> RlOptions:
+    """Return the run of one way.
 
     Raises:
-        ConfigError: for what is no YAML, or no options of a run.
+        ConfigError: for what are no options of a run.
     """
     from pyra.tasks.posttraining.rl_options import RlOptions
 
     shared = ("updates", "batch_size", "group", "lr", "problems", "test_problems", "digits", "operators")
-    try:
-        way: Any = yaml.safe_load(f"{{{text}}}")
-    except yaml.YAMLError:
-        raise ConfigError(f"--ways: {text!r} is no YAML such as 'algorithm: fiberpo, fiber_eps: 0.1'") from None
-    values = {name: getattr(options, name) for name in shared}
+    values = {key: getattr(options, key) for key in shared}
     values |= {"backbone": folder, "task": "arithmetic", "method": "full", "device": "cpu", "max_new_tokens": 8, **way}
     if problems := record_problems(RlOptions, values):
-        raise ConfigError(f"--ways: {text!r}: {'; '.join(problems)}")
+        raise ConfigError(f"--ways: {name!r}: {'; '.join(problems)}")
     return RlOptions(**values)
-
-
-def _begun(options: StudyOptions) -> dict[str, Any]:
-    """Return the record that the output file holds already, if it is of the same options, or a new one.
-
-    Raises:
-        ConfigError: where the file holds something else.
-    """
-    from pyra.files import read_json
-
-    left_out = ("output", "ways", "seeds", "first_seed")
-    told = {name: value for name, value in asdict(options).items() if name not in left_out}
-    if not Path(options.output).exists():
-        return {"options": told, "rows": []}
-    try:
-        found = read_json(options.output)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("options") != told or not isinstance(found.get("rows"), list):
-        raise ConfigError(f"--output {options.output} holds something else: give another file")
-    return found
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyra.errors import ConfigError
-from pyra.scripts.cli import parse, peek
+from pyra.scripts.cli import listed, parse, peek
 
 if TYPE_CHECKING:
     from pyra.tasks.language.series import SeriesOptions
@@ -83,9 +83,9 @@ def _parsed(argv: Sequence[str] | None) -> ExperimentOptions:
         prog="pyra train",
         description=(
             "Adapt a backbone to a task, save the run, score it on the test split and time it.\n\n"
-            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{_listed(METHODS)}\n\n"
-            f"protocols:\n{_listed(PROTOCOLS)}\n\n"
-            f"presets, the published recipe by name (--config NAME):\n{_listed(dict.fromkeys(presets, ''))}\n\n"
+            f"methods (all but linear, full, adapter, tome and pyra are names for --peft, too):\n{listed(METHODS)}\n\n"
+            f"protocols:\n{listed(PROTOCOLS)}\n\n"
+            f"presets, the published recipe by name (--config NAME):\n{listed(dict.fromkeys(presets, ''))}\n\n"
             "Language tasks have options of their own: pyra train --task sst2 --help"
         ),
         example=(
@@ -112,7 +112,7 @@ def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
         prog=verb,
         description=(
             "Adapt a language model to a task, save the run, and score it on the test split: texts classified by a new "
-            f"head, or answered by prompt.\n\nmethods:\n{_listed(METHODS)}"
+            f"head, or answered by prompt.\n\nmethods:\n{listed(METHODS)}"
         ),
         example=(
             "pyra train --task sst2 --root data/ --backbone bert-base-uncased --output runs/s\n"
@@ -120,10 +120,6 @@ def _language_options(argv: Sequence[str] | None) -> SeriesOptions:
             "  pyra train --task gsm8k --root data/ --backbone models/smollm2 --method dora --output runs/g"
         ),
     )
-
-
-def _listed(names: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 def _single(options: ExperimentOptions) -> int:

@@ -41,8 +41,7 @@ def attach_mtp(model: Any, source: str | Path | None = None, *, seed: int = 0) -
     Args:
         model: in place; one with an adapter around it is looked through.
         source: a checkpoint folder that holds the layer; None makes a new one: attention and norms of the decoder's
-            last layer, the MLP of its last dense one, and a projection that adds embedding and hidden state (on a tiny
-            model that began at a loss of 5.1 nats, and was 0.3 below a layer drawn at random after 60 steps).
+            last layer, the MLP of its last dense one, and a projection that adds embedding and hidden state.
         seed: of an MLP that is drawn, where no layer is dense.
 
     Returns:

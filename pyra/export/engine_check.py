@@ -55,8 +55,8 @@ def check_engine_folder(folder: Path) -> list[dict[str, Any]]:
     """Hold a written folder against each engine's list.
 
     Returns:
-        A row an engine: its name, version and source file, the tensors it reads, those it passes over (MTP), and into
-        how many kinds of parameters they go.
+        A row an engine: its name, the revision and file of its source, the tensors it reads, those it passes over
+            (MTP), and into how many kinds of parameters they go.
 
     Raises:
         ExportError: naming tensors that are missing, unknown or of another shape, or keys that an engine reads and
@@ -90,7 +90,7 @@ def _held_against(
     into = {engine.parameters.get(template_of(name)) for name in own}
     row = {
         "engine": engine.name,
-        "version": engine.version,
+        "revision": engine.revision,
         "source": engine.file,
         "tensors": len(own),
         "passed_over": len(drafting),

@@ -1,8 +1,9 @@
 """What serving engines read: the names of tensors, their shapes, and the keys of ``config.json``. A table, in code.
 
-Each engine is listed with the source that its names are of. A tensor in a checkpoint is put into a parameter of the
-engine, alone or stacked with others; one that an engine has no parameter for stops it from loading, and one that it
-misses leaves that parameter unset, in some engines without a word. So :mod:`pyra.export.engine_check` holds both.
+Each engine is listed with the source that its names were read in, and the revision of it; of the engines, llama.cpp
+alone was run on what is written (``tests/export/test_llama_cpp.py``). A tensor in a checkpoint is put into a parameter
+of the engine, alone or stacked with others; one that an engine has no parameter for stops it from loading, and one that
+it misses leaves that parameter unset, in some engines without a word. So :mod:`pyra.export.engine_check` holds both.
 
 Names are those of the checkpoint, ``{l}`` is a layer and ``{e}`` an expert.
 """
@@ -27,14 +28,14 @@ class Engine:
 
     Attributes:
         name: of the engine.
-        version: that the names are of.
-        file: of its source.
+        revision: of the source, as its repository or its package names it.
+        file: of the source.
         parameters: what each tensor is put into; several names with one value are stacked.
         keys: of ``config.json`` that it reads without a default.
     """
 
     name: str
-    version: str
+    revision: str
     file: str
     parameters: Mapping[str, str]
     keys: tuple[str, ...]
@@ -106,11 +107,11 @@ _OF_DEEPSEEK = (
 
 _DEEPSEEK_ENGINES = (
     Engine(
-        "vLLM", "0.11", "vllm/model_executor/models/deepseek_v2.py", _VLLM,
+        "vLLM", "002d6073", "vllm/model_executor/models/deepseek_v2.py", _VLLM,
         (*_OF_DEEPSEEK, "topk_method", "torch_dtype", "tie_word_embeddings"),
     ),
     Engine(
-        "SGLang", "0.5", "python/sglang/srt/models/deepseek_v2.py", _SGLANG,
+        "SGLang", "00114aef", "python/sglang/srt/models/deepseek_v2.py", _SGLANG,
         (*_OF_DEEPSEEK, "topk_method", "moe_layer_freq", "torch_dtype"),
     ),
     Engine("llama.cpp", "gguf 0.19", "convert_hf_to_gguf.py, DeepseekV2Model", _LLAMA_CPP, _OF_DEEPSEEK),
@@ -134,6 +135,11 @@ _GGUF_LLAMA = {
     **{f"{_ATTENTION}{name}_norm.weight": f"blk.{{l}}.attn_{name}_norm.weight" for name in "qk"},
     **{f"{_MLP}{side}.{kind}": f"blk.{{l}}.ffn_{side[:-5]}.{kind}" for side in _SIDES for kind in ("weight", "bias")},
 }  # fmt: skip
+_LLAMA_REVISIONS = {  # of vLLM's and SGLang's files
+    "llama": ("0035bdf2", "00239548"),
+    "qwen2": ("013a2792", "0005b7e1"),
+    "qwen3": ("002456df", "01b5f572"),
+}
 _OF_LLAMA = (*_SIZES, "architectures", "model_type", "rope_theta", "tie_word_embeddings")
 
 
@@ -142,9 +148,11 @@ def engines_for(model_type: str) -> tuple[Engine, ...]:
     if model_type == DEEPSEEK:
         return _DEEPSEEK_ENGINES
     own = "llama" if model_type == "mistral" else model_type
+    vllm, sglang = _LLAMA_REVISIONS[own]
+    keys = (*_OF_LLAMA, "torch_dtype")
     return (
-        Engine("vLLM", "0.11", f"vllm/model_executor/models/{own}.py", _STACKED_LLAMA, (*_OF_LLAMA, "torch_dtype")),
-        Engine("SGLang", "0.5", f"python/sglang/srt/models/{own}.py", _STACKED_LLAMA, (*_OF_LLAMA, "torch_dtype")),
+        Engine("vLLM", vllm, f"vllm/model_executor/models/{own}.py", _STACKED_LLAMA, keys),
+        Engine("SGLang", sglang, f"python/sglang/srt/models/{own}.py", _STACKED_LLAMA, keys),
         Engine("llama.cpp", "gguf 0.19", "convert_hf_to_gguf.py", _GGUF_LLAMA, _OF_LLAMA),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -139,4 +140,20 @@ def training_table(rows: Sequence[Row], prefill: Mapping[str, Row]) -> str:
                 **speed,
             }
         )
+    return str(tabulate(lines, headers="keys", disable_numparse=True))
+
+
+def pairs_table(rows: Sequence[Row]) -> str:
+    """Return a line for every two ways: the change of the answers' NLL, in pairs of equal answers and seeds."""
+    by_way: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        by_way.setdefault(row["name"], {})[row["seed"]] = row["nlls"]
+    lines = []
+    for way, other in itertools.combinations(by_way, 2):
+        seeds = by_way[way].keys() & by_way[other].keys()
+        own, theirs = ([nll for seed in sorted(seeds) for nll in by_way[name][seed]] for name in (other, way))
+        if seeds:
+            change = compared(own, theirs)
+            told = {"change": f"{change['change']:+.3f}", "standard error": f"{change['standard_error']:.3f}"}
+            lines.append({"way": other, "against": way, **told})
     return str(tabulate(lines, headers="keys", disable_numparse=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -65,11 +64,6 @@ class PostTrainingOptions(AdaptationOptions, _ChatOptions):
             if getattr(self, name) == "":
                 problems.append(f"--{name.replace('_', '-')} is empty")
         return problems
-
-
-def listed(names: Mapping[str, str]) -> str:
-    """Return names and what they are as lines of a help text."""
-    return "\n".join(f"  {name:<17}{text}".rstrip() for name, text in names.items())
 
 
 def need_trl(verb: str) -> None:
