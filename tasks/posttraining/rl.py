@@ -28,7 +28,7 @@ from pyra.tasks.reports.curves import Panel, draw_curves
 from pyra.tasks.results import RunResult
 from pyra.tasks.training import ready, refuse_output_in_data
 
-METRIC = "accuracy"
+METRIC = "exact_match"
 PICTURE = "curves.png"
 _FIRST = 5  # rollouts at either end that a summary is of
 

@@ -62,7 +62,7 @@ def test_a_run_is_trained_scored_and_written(backbone: str, tmp_path: Path, algo
     result, notes, curves = train_rl(chosen, {"digits": digits})
     folder = tmp_path / "run"
     assert json.dumps(read_result(folder).to_dict()) == json.dumps(result.to_dict())
-    assert (result.task, result.metric, result.num_test) == ("arithmetic", "accuracy", 6)
+    assert (result.task, result.metric, result.num_test) == ("arithmetic", "exact_match", 6)
     assert result.value_before is not None and result.settings is not None
     assert result.settings["algorithm"] == algorithm and result.settings["kind"] == "rl"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
