@@ -60,8 +60,7 @@ def _add_deepseek(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_value_length(config.kv_lora_rank)
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
-    if config.q_lora_rank is not None:
-        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_q_lora_rank(config.q_lora_rank or 0)  # llama.cpp reads it of all depths but those that it knows
     writer.add_kv_lora_rank(config.kv_lora_rank)
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
@@ -113,5 +112,5 @@ def deepseek_values(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise ExportError(f"the GGUF file leaves {error.args[0]} out") from None
     if gating != gguf.ExpertGatingFuncType.SIGMOID:
         raise ExportError(f"the GGUF file's experts are gated by function {gating}, not by a sigmoid")
-    values["q_lora_rank"] = keys.get("deepseek2.attention.q_lora_rank")
+    values["q_lora_rank"] = keys.get("deepseek2.attention.q_lora_rank") or None
     return values | {"num_nextn_predict_layers": 0, "tie_word_embeddings": False}
