@@ -106,7 +106,7 @@ def export_language_model(
         What stands in ``engine.json``.
 
     Raises:
-        ConfigError: for an unknown format, a missing library, or a tolerance that is none.
+        ConfigError: for an unknown format, a missing library, a tolerance that is none, or weights that are quantised.
         UnsupportedModelError: for a model that engines have no reader of here.
         ExportError: where the folder would not be what engines read, or the reloaded model differs. What was written
             until then is the caller's to remove: there is no record beside it.
@@ -120,6 +120,8 @@ def export_language_model(
         raise ExportError("the model's experts are rounded in each forward: undo_fake_quantise it, and give its group")
     if wrapped_config(subject.model) is not None:
         raise ExportError("the model merges prompts, and engines keep one number of keys for all layers: unwrap it")
+    if getattr(subject.model, "hf_quantizer", None) is not None:
+        raise ConfigError("transformers holds this model quantised: export the float model that it was made from")
     weights = chosen.weights or subject.dtype
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

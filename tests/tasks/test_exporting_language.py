@@ -137,7 +137,7 @@ def test_runs_that_were_trained_as_rounded(
     train_language(options(start, root, tmp_path / "run", **plain))
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), "--format", "engine-fp32", "--output", str(tmp_path / "engine")]) == 0
-    said = "experts were trained as INT4" if mixes else "linear layers were trained as torchao-int4 rounds them"
+    said = f"{'experts' if mixes else 'linear layers'} were trained as INT4 rounds them: engine-int4 writes what was"
     assert said in capsys.readouterr().out
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "engine").state_dict()
     own = load_language_run(tmp_path / "run")[0].model.state_dict()
