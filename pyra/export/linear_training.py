@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pyra.errors import UnsupportedModelError
+from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.experts.quantising import QuantisingConfig
 from pyra.export.formats import need
 
@@ -33,14 +33,17 @@ def fake_quantise_linear(model: Model, leave: Collection[nn.Module] = ()) -> Mod
     positive). Layers whose inputs the groups do not divide stay float, as in the export.
 
     Args:
-        model: without an adapter: folded into rounded weights, it would be rounded anew.
+        model: without an adapter. One that is attached afterwards (:func:`pyra.adapters.adapt`, plain LoRA) is rounded
+            with the weights that it folds into.
         leave: linear layers that stay float.
 
     Raises:
-        ConfigError: where torchao is missing (names the extra).
+        ConfigError: where torchao is missing (names the extra), or the model carries an adapter.
         UnsupportedModelError: for a model without such layers.
     """
     need("torchao", "training linear layers as int4", "torchao")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ConfigError("fake_quantise_linear takes the backbone: round it first, and adapt it then")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 

@@ -84,7 +84,7 @@ def test_stock_transformers_computes_what_rounded_layers_do(kind: str, tmp_path:
     assert values["config_groups"]["group_0"]["weights"]["group_size"] == 32
 
 
-@pytest.mark.parametrize("lora", [False])
+@pytest.mark.parametrize("lora", [False, True])
 def test_what_was_trained_rounded_is_what_is_written(lora: bool, tmp_path: Path) -> None:
     model = as_trained(dense("qwen3"))
     start = logits(model)
