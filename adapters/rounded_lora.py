@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,8 +59,8 @@ class RoundedLora(Linear):
 _INSTEAD = "take LoraConfig(lora_dropout=0) as it is, or train all weights"
 
 
-def round_with_adapter(model: nn.Module, config: PeftConfig) -> None:
-    """Have an adapter that is about to be attached rounded with the weights (``config`` is changed in place).
+def round_with_adapter(model: nn.Module, config: Any) -> None:
+    """Have an adapter that is about to be attached rounded with the weights (its ``config`` is changed in place).
 
     A model that does not train as it will be rounded is left as it is.
 
@@ -72,10 +72,10 @@ def round_with_adapter(model: nn.Module, config: PeftConfig) -> None:
     if problem := _problem(config):
         raise ConfigError(f"layers that train as they will be rounded take plain LoRA, not {problem}: {_INSTEAD}")
     kinds = {type(module) for module in model.modules() if is_rounded(module)}
-    config._register_custom_module(dict.fromkeys(kinds, RoundedLora))  # type: ignore[attr-defined]
+    config._register_custom_module(dict.fromkeys(kinds, RoundedLora))
 
 
-def _problem(config: PeftConfig) -> str | None:
+def _problem(config: Any) -> str | None:
     if type(config) is not LoraConfig:
         return type(config).__name__
     if changes_weights(config) or config.init_lora_weights not in _PLAIN_STARTS:

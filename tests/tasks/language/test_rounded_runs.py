@@ -12,6 +12,7 @@ from tiny_language import mixture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from pyra.backbones import unwrap
 from pyra.errors import ConfigError
 from pyra.experts import quantising_config, undo_fake_quantise
 from pyra.export import write_int4
@@ -60,7 +61,7 @@ def test_experts_are_scored_as_they_are_deployed(method: str, root: Path, tmp_pa
     [
         ("llama", "scoring", {"method": "full"}),
         ("qwen", "scoring", {"method": "lora", "dropout": 0.0}),
-        ("llama", "scoring", {"method": "pyra", "keep": "1:0.4", "dropout": 0.0, "targets": "q_proj,up_proj"}),
+        ("llama", "scoring", {"method": "pyra", "keep": "0:0.4", "dropout": 0.0, "targets": "q_proj,up_proj"}),
         ("bert", "head", {"method": "full"}),
     ],
     ids=lambda value: value.get("method") if isinstance(value, dict) else value,
@@ -78,7 +79,7 @@ def test_linear_layers_of_dense_models(
         for name in ("predictions.json", "predictions-evaluation.json")
     )
     assert again.value == pytest.approx(result.value) and predicted == stored
-    model = load_language_run(tmp_path / "run")[0].model
+    model = unwrap(load_language_run(tmp_path / "run")[0].model)
     assert trains_as_rounded(model)
     head = model.get_output_embeddings() if answer == "scoring" else model.classifier
     assert not trains_as_rounded(head)
