@@ -164,6 +164,7 @@ def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: S
     rounding = quantising_config(subject.model)
     notes = [] if rounding is None else [_TRAINED_ROUNDED.format("experts")]
     notes += [_TRAINED_ROUNDED.format("linear layers")] if trains_as_rounded(subject.model) else []
+    rounded = bool(notes)
     merging = whole_prompts(subject.model, rows)
     model = undo_fake_quantise_linear(undo_fake_quantise(subject.model))
     return LanguageModel(
@@ -171,6 +172,7 @@ def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: S
         subject.encoder.tokenizer,
         [row.ids[:_LONGEST] for row in rows[:_COMPARED]],
         f"a run, {folder.name}: {options.label} of {Path(options.backbone).name}",
+        rounded=rounded,
         group=None if rounding is None else rounding.group_size,
         merging=merging,
         notes=notes,

@@ -6,6 +6,8 @@ Llama type the linear layers of the blocks, as :mod:`pyra.export.linear_training
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.experts.layers import expert_layers
-from pyra.experts.quantising import STACKS, QuantisingConfig, refuse_unfit, was_rounded
+from pyra.experts.quantising import STACKS, QuantisingConfig, refuse_unfit, rounded, was_rounded
 from pyra.export.engine_config import family_of
 from pyra.export.engine_names import DEEPSEEK
 from pyra.export.linear_training import GROUP, LINEAR, linear_layers
@@ -69,6 +71,20 @@ def rounded_experts(model: nn.Module, config: QuantisingConfig) -> Rounding:
     return Rounding(config, names, BESIDE_EXPERTS)
 
 
+@contextmanager
+def rounded_weights(model: nn.Module, rounding: Rounding) -> Iterator[None]:
+    """Have a model compute with its rounded weights within the block; the float ones come back after it."""
+    parameters = [model.get_parameter(name) for name in rounding.weights]
+    floats = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = rounded(parameter.data, rounding.config)
+        yield
+    finally:
+        for parameter, data in zip(parameters, floats, strict=True):
+            parameter.data = data
+
+
 def _of_experts(model: nn.Module, group: int | None) -> Rounding:
     widths = [layer.experts.down_proj.shape[1:] for layer in expert_layers(model).values()]
     fitting = (size for size in _GROUPS if not any(side % size for sides in widths for side in sides))
@@ -78,12 +94,12 @@ def _of_experts(model: nn.Module, group: int | None) -> Rounding:
 
 
 def _of_linear_layers(model: nn.Module) -> Rounding:
-    rounded, left = linear_layers(model)
-    if not rounded:
+    layers, left = linear_layers(model)
+    if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layers of a multiple of {GROUP} inputs that could be rounded"
         )
-    name, layer = next(iter(rounded.items()))
+    name, layer = next(iter(layers.items()))
     if was_rounded(layer.weight, LINEAR):
         raise ConfigError(
             f"{name} holds a weight that was rounded to 4 bits already, and rounding it again moves it: open the float "
@@ -91,7 +107,7 @@ def _of_linear_layers(model: nn.Module) -> Rounding:
         )
     notes = [f"{len(left)} layers stay float, since groups of {GROUP} do not divide their inputs: {_some(left)}"]
     return Rounding(
-        LINEAR, frozenset(f"{name}.weight" for name in rounded), ("lm_head", *left), tuple(notes if left else ())
+        LINEAR, frozenset(f"{name}.weight" for name in layers), ("lm_head", *left), tuple(notes if left else ())
     )
 
 

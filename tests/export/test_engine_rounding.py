@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,11 @@ def test_what_was_trained_rounded_is_what_is_written(lora: bool, tmp_path: Path)
         optimizer.zero_grad()
     trained = logits(model.eval())
     float_weights = undo_fake_quantise_linear(fold_adapter(model))
-    export_language_model(opened(float_weights, tmp_path / "source"), tmp_path / "out", "engine-int4", tolerance=3.0)
+    before = logits(float_weights)
+    source = replace(opened(float_weights, tmp_path / "source"), rounded=True)
+    record = export_language_model(source, tmp_path / "out", "engine-int4")
+    assert record.reloaded is not None and record.reloaded["largest_difference"] == 0 == record.reloaded["differing"]
+    assert record.reloaded["tolerance"] == 1e-4 and torch.equal(logits(float_weights), before)
     assert torch.equal(logits(reopened(tmp_path / "out")), trained)
     assert (trained - start).abs().max() > 0.01 < (logits(float_weights) - trained).abs().max()
 

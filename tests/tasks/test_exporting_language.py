@@ -144,6 +144,7 @@ def test_runs_that_were_trained_as_rounded(
     name = "model.layers.1.mlp.experts.down_proj" if mixes else "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(found[name], trained.state_dict()[name])
     assert main(["export", str(tmp_path / "run"), "--format", "engine-int4", "--output", str(tmp_path / "int4")]) == 0
+    assert record(tmp_path / "int4")["reloaded"]["largest_difference"] == 0
     shown = capsys.readouterr()
     assert "Compressing" not in shown.err and "Dispatching" not in shown.err
     ids = torch.randint(2, 400, (2, 12), generator=torch.Generator().manual_seed(1))
