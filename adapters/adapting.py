@@ -13,6 +13,7 @@ from pyra.adapters.expert_lora.advice import warn_of_rebuilt_stacks
 from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.rounded_lora import round_with_adapter
 from pyra.adapters.starts import changes_weights, remember_start
 from pyra.adapters.targets import REACTIVATION, fill_in_targets, trained_modules
 from pyra.backbones import is_decoder, locate, wrap
@@ -33,7 +34,8 @@ def adapt(model: nn.Module, pyra: PyraConfig | None = None, peft: PeftConfig | N
             language model where PEFT says (``ExpertLoraConfig``: in its routed experts). The task head and the
             re-activation weights are trained and saved with it. None trains those alone (with ``pyra`` None as well: a
             linear probe). AdaLoRA moves its ranks only where the training loop calls
-            ``model.base_model.update_and_allocate(step)`` after each optimiser step.
+            ``model.base_model.update_and_allocate(step)`` after each optimiser step. Linear layers that train as they
+            will be rounded (``--qat int4``) take plain LoRA, which is rounded with them.
 
     Returns:
         A ``peft.PeftModel`` around ``model``, or ``model`` itself for ``peft`` None.
@@ -88,6 +90,7 @@ def _attach(model: nn.Module, peft: PeftConfig | None) -> nn.Module:
         )
     fill_in_targets(config, model)
     _refuse_few_bits(model, config)
+    round_with_adapter(model, config)
     warn_of_rebuilt_stacks(model, config)
     saved = {name.rpartition(".")[2] if name.endswith(REACTIVATION) else name for name in trained}
     asked = set(getattr(config, "modules_to_save", None) or ())

@@ -16,6 +16,7 @@ from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
 from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.rounded_lora import round_with_adapter
 from pyra.adapters.starts import changes_weights
 from pyra.adapters.targets import REACTIVATION, trained_modules
 from pyra.backbones import wrap
@@ -80,6 +81,7 @@ def _attach(base: nn.Module, stored: StoredAdapter, trains: bool) -> nn.Module:
             modules[name].requires_grad_(True)
         return base
     config = stored.peft
+    round_with_adapter(base, config)
     try:
         config.inference_mode = not trains
         origin, config.base_model_name_or_path = config.base_model_name_or_path, None

@@ -100,6 +100,26 @@ PEFT_METHODS: dict[str, str] = {name: text for name, (text, _) in _METHODS.items
 _OF_RANKS = ("lora", "dora", "rslora", "pissa", "adalora", "loha", "lokr", "bottleneck", "adaptformer")
 
 
+_ROUNDED = ("lora", "rslora")
+
+
+def rounding_problem(method: str, dropout: float) -> str | None:
+    """Say why a method cannot train linear layers as they will be rounded; None for one that can.
+
+    Args:
+        method: ``full``, or the PEFT method of a run.
+        dropout: in its adapter.
+    """
+    if method != "full" and method not in _ROUNDED:
+        return (
+            f"goes with --method full, {' and '.join(_ROUNDED)}, and with tome and pyra beside those: what {method} "
+            "adds would be folded into weights that were trained rounded, and rounded anew"
+        )
+    if method != "full" and dropout:
+        return f"takes no dropout in the adapter, which is rounded with the weights: add --dropout 0, not {dropout:g}"
+    return None
+
+
 def refuse_rank(method: str, rank: int, width: int) -> None:
     """Raise :class:`ConfigError` for a rank above the width of a layer: it holds no more, and may fill the memory."""
     if method in _OF_RANKS and rank > width:

@@ -18,6 +18,7 @@ from pyra.adapters.folder import StoredAdapter, one_line, read_adapter
 from pyra.adapters.peft_model import saving_merging
 from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
+from pyra.adapters.rounded_lora import round_with_adapter
 from pyra.adapters.starts import changes_weights
 from pyra.adapters.targets import REACTIVATION
 from pyra.backbones import (
@@ -192,6 +193,7 @@ def _refuse(stored: StoredAdapter, model: PeftModel) -> None:
         raise ConfigError(f"{type(shared[0]).__name__}(bias={shared[0].bias!r}) trains biases that all adapters share")
     if any(isinstance(config, BottleneckConfig) for config in (peft, *own)):
         raise ConfigError("a bottleneck adapter cannot be one of several: fold_adapter makes it a part of the model")
+    round_with_adapter(model, peft)
     if changes_weights(peft):
         raise ConfigError(
             f"{stored.folder} starts from changed weights of the backbone ({type(peft).__name__}, saved by stock "

@@ -61,11 +61,7 @@ WHOLE_PROMPTS = (
     "need, are left out"
 )
 _TRAINED_ROUNDED = (
-    "experts were trained as INT4 rounds them: engine-int4 writes what was trained, other formats its float weights"
-)
-_LINEAR_ROUNDED = (
-    "linear layers were trained as torchao-int4 rounds them, which these engines do not read: the float weights are "
-    "written"
+    "{} were trained as INT4 rounds them: engine-int4 writes what was trained, other formats its float weights"
 )
 
 
@@ -166,8 +162,9 @@ def _generated(subject: Subject, prompt: list[int]) -> Answered:
 def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: Sequence[Answered]) -> LanguageModel:
     """Return a trained model, nothing merging or rounded any more, with what that was."""
     rounding = quantising_config(subject.model)
-    notes = [] if rounding is None else [_TRAINED_ROUNDED]
-    notes += [_LINEAR_ROUNDED] if trains_as_rounded(subject.model) else []
+    notes = [] if rounding is None else [_TRAINED_ROUNDED.format("experts")]
+    notes += [_TRAINED_ROUNDED.format("linear layers")] if trains_as_rounded(subject.model) else []
+    rounded = bool(notes)
     merging = whole_prompts(subject.model, rows)
     model = undo_fake_quantise_linear(undo_fake_quantise(subject.model))
     return LanguageModel(
@@ -175,6 +172,7 @@ def _trained(folder: Path, subject: Subject, options: AdaptationOptions, rows: S
         subject.encoder.tokenizer,
         [row.ids[:_LONGEST] for row in rows[:_COMPARED]],
         f"a run, {folder.name}: {options.label} of {Path(options.backbone).name}",
+        rounded=rounded,
         group=None if rounding is None else rounding.group_size,
         merging=merging,
         notes=notes,

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pyra.adapters.methods import PEFT_METHODS, peft_config
+from pyra.adapters.methods import PEFT_METHODS, peft_config, rounding_problem
 from pyra.errors import ConfigError, did_you_mean
 from pyra.records import ABOVE_0, AT_LEAST_0, BELOW_1, SEED, bound_problems, choice_problems, option, type_problems
 from pyra.tasks.schedules.record import image_size_for, parse_schedule
@@ -69,7 +69,10 @@ class RunOptions:
     )
     dropout: float = option(0.1, "dropout in the adapter")
     qat: str | None = option(
-        None, "train as the weights will be rounded: int4, for --method full (exported as torchao-int4)", choices=QAT
+        None,
+        "train as the weights will be rounded: int4 (exported as torchao-int4), with all weights or with LoRA and "
+        "--dropout 0",
+        choices=QAT,
     )
     drop_path: float = option(0.1, "stochastic depth rate of the backbone")
     epochs: float = option(10.0, "passes over the training images (the paper: 100)")
@@ -132,11 +135,8 @@ class RunOptions:
             problems.append(f"--method {self.method} merges no tokens: leave --{given[0]} out, or use tome or pyra")
         if self.method not in MERGING and self.peft is not None:
             problems.append(f"--peft goes with --method tome or pyra; without merging give --method {self.peft}")
-        if self.qat is not None and self.method != "full":
-            problems.append(
-                f"--qat {self.qat} goes with --method full: what --method {self.method} adds is folded into weights "
-                "that were trained rounded, and rounded anew"
-            )
+        if self.qat is not None and (unfit := rounding_problem(self.peft_method or self.method, self.dropout)):
+            problems.append(f"--qat {self.qat} {unfit}")
         if self.scaled_gates and self.method != "pyra":
             problems.append("--scaled-gates goes with --method pyra")
         of_rates = self._rate_problems()

@@ -8,7 +8,9 @@ again, when they are exported (:func:`pyra.export.write_int4`): never from what 
 
 The rounding is that of compressed-tensors' symmetric integers: scale = largest magnitude of the group / 7.5, integers
 from -8 to 7 (4 bits). A positive largest value is 7.5 steps, and becomes 7: no value moves by more than half a step,
-so the gradient is the identity everywhere.
+so the gradient is the identity everywhere. A negative one is -7.5 steps give or take a rounding error, which decides
+between -8 and -7: dividing by the scale, as here, and multiplying by its inverse, as torchao does where it trains
+linear layers, differ in about one group of twelve.
 
 Letters: ``E`` experts, ``H`` hidden and ``I`` intermediate channels, ``G`` group size.
 """
@@ -43,6 +45,7 @@ class QuantisingConfig:
     Args:
         bits: of an integer; 4 is what is exported, the others are for studies.
         group_size: inputs that share a scale, a multiple of 8; 64 as in the INT4 release of JoyAI-LLM Flash.
+        by_inverse: multiply by the inverse of the scale as torchao does, instead of dividing by it.
 
     Raises:
         ConfigError: for values that are none.
@@ -50,6 +53,7 @@ class QuantisingConfig:
 
     bits: int = 4
     group_size: int = 64
+    by_inverse: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -79,8 +83,13 @@ def quantise(weight: Tensor, config: QuantisingConfig) -> tuple[Tensor, Tensor]:
     """
     groups = weight.detach().float().unflatten(-1, (-1, config.group_size))
     scale = groups.abs().amax(dim=-1) / (-config.lowest - 0.5)
-    scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)  # groups of zeros, as compressed-tensors
-    values = (groups / scale.unsqueeze(-1)).clamp_(config.lowest, -config.lowest - 1).round_()
+    if config.by_inverse:
+        scale = scale.clamp_(min=torch.finfo(torch.float32).smallest_normal)
+        steps = groups * (1 / scale).unsqueeze(-1)
+    else:
+        scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)  # as compressed-tensors
+        steps = groups / scale.unsqueeze(-1)
+    values = steps.clamp_(config.lowest, -config.lowest - 1).round_()
     return values.to(torch.int8).flatten(-2), scale
 
 
@@ -210,14 +219,14 @@ def refuse_unfit(model: nn.Module, config: QuantisingConfig) -> None:
                     f"{name}.experts: groups of {config.group_size} do not divide {stack.shape[-1]} inputs; take a "
                     f"group_size that does, such as {_dividing(stack.shape[-1], config.group_size)}"
                 )
-        if not experts.gate_up_proj.is_meta and _was_rounded(experts.gate_up_proj[0], config):
+        if not experts.gate_up_proj.is_meta and was_rounded(experts.gate_up_proj[0], config):
             raise ConfigError(
                 f"{name}.experts holds weights that were rounded to {config.bits} bits already, and rounding them "
                 "again moves them: open the float checkpoint that they were made from"
             )
 
 
-def _was_rounded(weight: Tensor, config: QuantisingConfig) -> bool:
+def was_rounded(weight: Tensor, config: QuantisingConfig) -> bool:
     """Whether all groups of a weight [out, in] are whole multiples of something, which floats never are."""
     groups = weight.detach().float().unflatten(-1, (-1, config.group_size))
     largest = groups.abs().amax(dim=-1, keepdim=True)

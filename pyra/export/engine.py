@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,16 @@ from transformers import AutoModelForCausalLM
 from pyra.backbones.joyai_checkpoint import CONFIG, check_checkpoint
 from pyra.backbones.joyai_mtp_weights import stored_mtp, without_mtp
 from pyra.errors import CheckpointError, ExportError
-from pyra.experts.layers import expert_layers
-from pyra.experts.quantising import QuantisingConfig, refuse_unfit, rounded
+from pyra.experts.quantising import rounded
 from pyra.export.engine_check import check_engine_folder
 from pyra.export.engine_config import engine_values, family_of
 from pyra.export.engine_names import DEEPSEEK
+from pyra.export.engine_rounding import Rounding, int4_rounding, quantization_config
 from pyra.export.engine_tokenizer import write_tokenizer
-from pyra.export.engine_weights import SHARD, stored_tensors, write_weights
-from pyra.export.int4 import quantization_config
+from pyra.export.engine_weights import SHARD, by_size, stored_tensors, write_weights
 from pyra.export.language import LanguageModel, Reloaded, Written, row_logits
 from pyra.files import write_json
 
-_GROUPS = (64, 32, 16, 8)  # inputs that share a scale, the first that divides all widths
 _NO_MTP = "no weights for multi-token prediction: num_nextn_predict_layers is 0"
 _OTHER_EXPERTS = "the MTP layer has another number of experts than the model now has: it was left out"
 _DENSE_MTP = (
@@ -40,36 +40,25 @@ def write(subject: LanguageModel, folder: Path, weights: str, *, shard: int = SH
     drafting, mtp = _mtp(subject, dtype)
     values = engine_values(model, str(dtype).removeprefix("torch."), mtp["layers"])
     if rounding is not None:
-        values["quantization_config"] = quantization_config(rounding.group_size)
+        values["quantization_config"] = quantization_config(rounding)
     stored = stored_tensors(model, dtype, rounding)
-    write_weights(stored, folder, drafting, shard)
+    write_weights(by_size(stored, shard), folder, drafting)
     write_json(folder / CONFIG, values)
     tokenizer = write_tokenizer(subject.tokenizer, subject.files, model, folder)
     engines = check_engine_folder(folder)
-    notes = [] if tokenizer["same_ids"] else [_OTHER_START]
+    notes = [*(rounding.notes if rounding else ()), *([] if tokenizer["same_ids"] else [_OTHER_START])]
     return Written(values["model_type"], sum(one.value.numel() for one in stored), engines, mtp, tokenizer, notes)
 
 
 def _dtype(subject: LanguageModel, weights: str) -> torch.dtype:
-    """Return what floats are written in: beside INT4 experts, what the backbone's own are."""
+    """Return what floats are written in: beside INT4, what the backbone's own are."""
     found: torch.dtype = getattr(torch, subject.dtype if weights == "int4" else weights)
     return found
 
 
-def _rounding(subject: LanguageModel, weights: str) -> QuantisingConfig | None:
-    """Return how routed experts are rounded; None for floats.
-
-    Raises:
-        UnsupportedModelError: for INT4 of a model without routed experts.
-        ConfigError: where no group of at most 64 divides their widths, or they hold rounded weights already.
-    """
-    if weights != "int4":
-        return None
-    widths = [layer.experts.down_proj.shape[1:] for layer in expert_layers(subject.model).values()]
-    fitting = (size for size in _GROUPS if not any(side % size for sides in widths for side in sides))
-    config = QuantisingConfig(group_size=subject.group or next(fitting, _GROUPS[0]))
-    refuse_unfit(subject.model, config)
-    return config
+def _rounding(subject: LanguageModel, weights: str) -> Rounding | None:
+    """Return what is rounded, raising as :func:`int4_rounding` does; None for floats."""
+    return int4_rounding(subject.model, subject.group) if weights == "int4" else None
 
 
 _OTHER_START = (
@@ -104,6 +93,11 @@ def reload(subject: LanguageModel, folder: Path, weights: str, rows: Sequence[Se
     Raises:
         ExportError: where that fails, or a weight is not the model's, rounded.
     """
+    with redirect_stderr(io.StringIO()):  # compressed-tensors shows bars, which nothing turns off
+        return _reload(subject, folder, weights, rows)
+
+
+def _reload(subject: LanguageModel, folder: Path, weights: str, rows: Sequence[Sequence[int]]) -> Reloaded:
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -121,10 +115,11 @@ def reload(subject: LanguageModel, folder: Path, weights: str, rows: Sequence[Se
         raise ExportError(f"transformers misses {odd[0]} and {len(odd) - 1} more in what was written")
     if not type(model).__module__.startswith("transformers."):
         raise ExportError(f"the folder opens as {type(model).__module__}.{type(model).__name__}, not as a stock model")
-    difference = _weight_difference(subject, model.eval(), weights)
+    logits = row_logits(model.eval(), rows)  # where transformers unpacks the integers of linear layers
+    difference = _weight_difference(subject, model, weights)
     if difference:
         raise ExportError(f"a weight that was read back is {difference:.3g} from the model's; nothing was written")
-    return Reloaded(f"transformers {type(model).__name__}", row_logits(model, rows), difference)
+    return Reloaded(f"transformers {type(model).__name__}", logits, difference)
 
 
 def _weight_difference(subject: LanguageModel, found: Any, weights: str) -> float:
@@ -132,8 +127,8 @@ def _weight_difference(subject: LanguageModel, found: Any, weights: str) -> floa
     rounding, dtype = _rounding(subject, weights), _dtype(subject, weights)
     theirs, largest = found.state_dict(), 0.0
     for name, value in without_mtp(subject.model.state_dict()).items():
-        if rounding is not None and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            own = rounded(value.detach(), rounding)
+        if rounding is not None and name in rounding.weights:
+            own = rounded(value.detach(), rounding.config)
         else:
             own = value.detach().to(torch.float32 if name.endswith("e_score_correction_bias") else dtype)
         largest = max(largest, float((own.float().cpu() - theirs[name].float()).abs().max()))

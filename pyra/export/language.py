@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pyra.errors import ConfigError, ExportError
 from pyra.experts.quantising import quantising_config
 from pyra.export.engine_config import family_of
 from pyra.export.engine_record import RECORD, EngineRecord
+from pyra.export.engine_rounding import int4_rounding, rounded_weights
 from pyra.export.exporting import versions
 from pyra.export.language_formats import TOLERANCES, LanguageFormat, language_format
 from pyra.export.report import Comparison, compare
@@ -37,7 +39,8 @@ class LanguageModel:
         files: folder its tokenizer's files are in; None where there is none.
         dtype: that the backbone's own weights are stored in, such as ``bfloat16``.
         mtp: checkpoint folder that may hold weights of MTP layers.
-        group: inputs that share a scale, where its experts were trained as INT4 rounds them.
+        rounded: whether it was trained as INT4 rounds it; INT4 is then compared with what was trained.
+        group: inputs that share a scale, where its experts were trained so.
         merging: where its prompts merge, what that is and what whole prompts change.
         notes: what a user should know.
     """
@@ -49,6 +52,7 @@ class LanguageModel:
     files: Path | None = None
     dtype: str = "float32"
     mtp: Path | None = None
+    rounded: bool = False
     group: int | None = None
     merging: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
@@ -100,13 +104,13 @@ def export_language_model(
         format: a name of :data:`~pyra.export.language_formats.LANGUAGE_FORMATS`.
         verify: reload and compare.
         tolerance: largest difference of a token's logits, as a share of the largest one; by default that of what the
-            weights are rounded to.
+            weights are rounded to (of a model that was trained rounded, that of the floats beside).
 
     Returns:
         What stands in ``engine.json``.
 
     Raises:
-        ConfigError: for an unknown format, a missing library, or a tolerance that is none.
+        ConfigError: for an unknown format, a missing library, a tolerance that is none, or weights that are quantised.
         UnsupportedModelError: for a model that engines have no reader of here.
         ExportError: where the folder would not be what engines read, or the reloaded model differs. What was written
             until then is the caller's to remove: there is no record beside it.
@@ -120,26 +124,33 @@ def export_language_model(
         raise ExportError("the model's experts are rounded in each forward: undo_fake_quantise it, and give its group")
     if wrapped_config(subject.model) is not None:
         raise ExportError("the model merges prompts, and engines keep one number of keys for all layers: unwrap it")
+    if getattr(subject.model, "hf_quantizer", None) is not None:
+        raise ConfigError("transformers holds this model quantised: export the float model that it was made from")
     weights = chosen.weights or subject.dtype
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = compared_rows(subject)
-    expected = row_logits(subject.model, rows)
+    exact = weights == "int4" and subject.rounded  # beside the integers, floats may be rounded to the backbone's type
+    kind = subject.dtype if exact else weights
+    rounding = int4_rounding(subject.model, subject.group) if exact else None
+    with nullcontext() if rounding is None else rounded_weights(subject.model, rounding):
+        expected = row_logits(subject.model, rows)
     if not expected.isfinite().all():
         raise ExportError("the model returns NaN or infinite logits: there is nothing to compare an export with")
     writer = _writer(chosen)
     written: Written = writer.write(subject, folder, weights)
     reloaded = None
     if verify:
+        tolerance = TOLERANCES[kind] if tolerance is None else tolerance
         found: Reloaded = writer.reload(subject, folder, weights, rows)
         comparison = compare(
             found.opened_with,
             expected,
             found.logits,
-            tolerance=TOLERANCES[weights] if tolerance is None else tolerance,
-            merges=weights != "float32",  # rounding sends some tokens to other experts
+            tolerance=tolerance,
+            merges=kind != "float32",  # rounding sends some tokens to other experts
         )
-        reloaded = _reloaded(found, comparison, TOLERANCES[weights] if tolerance is None else tolerance)
+        reloaded = _reloaded(found, comparison, tolerance)
     record = _record(subject, folder, chosen, weights, written, reloaded, time.perf_counter() - start)
     write_json(folder / RECORD, record)
     return record

@@ -44,7 +44,7 @@ LANGUAGE_FORMATS: dict[str, LanguageFormat] = {
         LanguageFormat("engine-bf16", "the same in bfloat16", "bfloat16"),
         LanguageFormat(
             "engine-int4",
-            "the same, routed experts in INT4 (compressed-tensors)",
+            "the same in INT4 (compressed-tensors): routed experts, or a dense decoder's linear layers",
             "int4",
             libraries=("compressed_tensors",),
         ),

@@ -1,4 +1,7 @@
-"""Linear layers that train as the format ``torchao-int4`` rounds them: torchao's own quantisation-aware training."""
+"""Linear layers that train as they will be rounded: torchao's own quantisation-aware training.
+
+``torchao-int4`` writes what was trained of image models, ``engine-int4`` of decoders: the same integers and scales.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pyra.errors import UnsupportedModelError
+from pyra.errors import ConfigError, UnsupportedModelError
+from pyra.experts.quantising import QuantisingConfig
 from pyra.export.formats import need
 
 INT4 = "torchao-int4"
 GROUP = 32
 """Inputs of a weight that share a scale."""
+LINEAR = QuantisingConfig(bits=4, group_size=GROUP, by_inverse=True)
+"""The rounding of :func:`int4_config`, to the bit in float32."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,14 +33,17 @@ def fake_quantise_linear(model: Model, leave: Collection[nn.Module] = ()) -> Mod
     positive). Layers whose inputs the groups do not divide stay float, as in the export.
 
     Args:
-        model: without an adapter: folded into rounded weights, it would be rounded anew.
+        model: without an adapter. One that is attached afterwards (:func:`pyra.adapters.adapt`, plain LoRA) is rounded
+            with the weights that it folds into.
         leave: linear layers that stay float.
 
     Raises:
-        ConfigError: where torchao is missing (names the extra).
+        ConfigError: where torchao is missing (names the extra), or the model carries an adapter.
         UnsupportedModelError: for a model without such layers.
     """
     need("torchao", "training linear layers as int4", "torchao")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ConfigError("fake_quantise_linear takes the backbone: round it first, and adapt it then")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
@@ -79,6 +88,17 @@ def int4_config() -> Any:
 def int4_type() -> Any:
     """Return ``torch.int4``."""
     return getattr(torch, "int4")  # noqa: B009 - torch has it, its annotations do not
+
+
+def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Linear], list[str]]:
+    """Return the linear layers of a decoder that are rounded, by name, and the names of those that the groups spare.
+
+    Its head is neither: it stays float, as the embedding that it may share its weight with.
+    """
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
+    rounded = {name: module for name, module in found.items() if fits(module, name)}
+    return rounded, [name for name in found if name not in rounded]
 
 
 def fits(module: nn.Module, name: str) -> bool:

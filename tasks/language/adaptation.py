@@ -49,7 +49,7 @@ class AdaptationOptions:
     qat: str | None = option(
         None,
         "train as the weights will be rounded: int4, of routed experts where there are some (JoyAI), else of linear "
-        "layers, with --method full",
+        "layers, with all weights or with LoRA and --dropout 0 (exported as engine-int4)",
         choices=QAT,
     )
     epochs: float = option(3.0, "passes over the training examples")
@@ -96,6 +96,11 @@ class AdaptationOptions:
         """Whether prompts become shorter."""
         return self.method in MERGING
 
+    @property
+    def trained(self) -> str:
+        """What trains, beside merging or alone: a PEFT method's name, or ``full``, or ``linear``."""
+        return (self.peft or "lora") if self.merges else self.method
+
     def pyra_config(self) -> PyraConfig | None:
         """Return what to merge, or None."""
         if not self.merges:
@@ -110,11 +115,10 @@ class AdaptationOptions:
 
     def peft_config(self) -> Any:
         """Return the PEFT method, or None."""
-        method = (self.peft or "lora") if self.merges else self.method
-        if method not in PEFT_METHODS:
+        if self.trained not in PEFT_METHODS:
             return None
         targets = None if self.targets is None else [target.strip() for target in self.targets.split(",")]
-        return peft_config(method, self.rank, self.dropout, targets)
+        return peft_config(self.trained, self.rank, self.dropout, targets)
 
     def _usual_learning_rate(self) -> float:
         return 2e-5 if self.method == "full" else 3e-4

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pyra.adapters import adapt, fold_adapter, load_adapter
-from pyra.adapters.methods import refuse_rank
+from pyra.adapters.methods import refuse_rank, rounding_problem
 from pyra.adapters.targets import trained_modules
 from pyra.errors import CheckpointError, ConfigError, DataError
 from pyra.experts import fake_quantise
@@ -108,17 +108,14 @@ def train_as_rounded(model: nn.Module, options: AdaptationOptions) -> None:
     """Have the routed experts of a backbone, or else its linear layers but the head, work as INT4, in place.
 
     Raises:
-        ConfigError: for experts that cannot be rounded so, or an adapter where linear layers are rounded.
+        ConfigError: for experts that cannot be rounded so, or an adapter that is not rounded with linear layers.
         UnsupportedModelError: for a model that has neither.
     """
     if has_experts(model):
         fake_quantise(model)
         return
-    if options.method != "full":
-        raise ConfigError(
-            f"--qat {options.qat}: {options.backbone} has no routed experts, and linear layers are rounded only with "
-            f"--method full; what --method {options.method} adds would be folded into them, and rounded anew"
-        )
+    if unfit := rounding_problem(options.trained, options.dropout):
+        raise ConfigError(f"{options.backbone} has no routed experts, and --qat {options.qat} of linear layers {unfit}")
     heads = [model.get_submodule(name) for name in trained_modules(model)]
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
     fake_quantise_linear(model, [part for head in [*heads, output] if head is not None for part in head.modules()])
@@ -128,7 +125,7 @@ def adapted(model: nn.Module, options: AdaptationOptions) -> nn.Module:
     """Adapt a model as the options say."""
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if width is not None:
-        refuse_rank((options.peft or "lora") if options.merges else options.method, options.rank, width)
+        refuse_rank(options.trained, options.rank, width)
     if options.method == "full":
         return model
     return adapt(model, pyra=options.pyra_config(), peft=options.peft_config())

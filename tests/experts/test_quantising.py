@@ -23,7 +23,7 @@ from pyra.backbones.joyai_checkpoint import load_model, save_checkpoint
 from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.experts import QuantisingConfig, fake_quantise, quantising_config, undo_fake_quantise
 from pyra.experts.quantising import quantise, rounded, straight_through
-from pyra.export.int4 import pack
+from pyra.export.engine_weights import pack
 
 SMALL = {"moe_intermediate_size": 64}
 CONFIG = QuantisingConfig()

@@ -13,6 +13,7 @@ import torch
 from pyra.errors import ConfigError, OutputError
 from pyra.export import FORMATS, load_exported
 from pyra.scripts.main import main
+from pyra.tasks.evaluation import evaluate_run
 from pyra.tasks.exporting import MEASURED, PYTORCH, check_formats, export_run, subject_of
 from pyra.tasks.options import RunOptions
 from pyra.tasks.output import CLAIM_FILE
@@ -248,10 +249,15 @@ def test_a_run_trained_again_replaces_its_exports_but_nothing_of_others(
     assert (run / "result.json").is_file() and not (run / "export").exists()
 
 
-def test_a_run_that_was_trained_rounded_is_exported_as_it_was_scored(tiny_backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "pyra"])
+def test_a_run_that_was_trained_rounded_is_exported_as_it_was_scored(
+    method: str, tiny_backbone: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("torchao", reason="the extra `torchao` is not installed")
-    result = train(options(tiny_backbone, tmp_path / "run", method="full", rate=None, qat="int4"))
-    assert result.method == "full+int4"
+    how = {"rate": None} if method == "full" else {"dropout": 0.0, "lr": 0.02, "targets": "qkv,fc1"}
+    result = train(options(tiny_backbone, tmp_path / "run", method=method, qat="int4", **how))
+    assert result.method == f"{method}+int4"
+    assert evaluate_run(tmp_path / "run", device="cpu").value == result.value
     export_run(tmp_path / "run", tmp_path / "out", format="torchao-int4", images=4)
     values = measured(tmp_path / "out")
     assert values["value"] == values["plain_value"] == pytest.approx(result.value)
@@ -260,5 +266,12 @@ def test_a_run_that_was_trained_rounded_is_exported_as_it_was_scored(tiny_backbo
         assert torch.allclose(opened(subject.batch), subject.model(subject.batch), atol=1e-5)
     with pytest.raises(ConfigError, match="export it in that format, not as onnx"):
         export_run(tmp_path / "run", tmp_path / "onnx", images=4)
-    with pytest.raises(ConfigError, match="--qat int4 goes with --method full"):
+
+
+def test_what_cannot_be_trained_rounded_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--qat int4 takes no dropout in the adapter, .* add --dropout 0, not 0.1"):
         options(tiny_backbone, tmp_path / "other", qat="int4")
+    with pytest.raises(ConfigError, match=r"--qat int4 goes with --method full, lora and rslora, .* what dora adds"):
+        options(tiny_backbone, tmp_path / "other", qat="int4", peft="dora", dropout=0.0)
+    with pytest.raises(ConfigError, match="what bottleneck adds"):
+        options(tiny_backbone, tmp_path / "other", method="adapter", rate=None, qat="int4", dropout=0.0)

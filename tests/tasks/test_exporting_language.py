@@ -137,12 +137,20 @@ def test_runs_that_were_trained_as_rounded(
     train_language(options(start, root, tmp_path / "run", **plain))
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), "--format", "engine-fp32", "--output", str(tmp_path / "engine")]) == 0
-    said = "experts were trained as INT4" if mixes else "linear layers were trained as torchao-int4 rounds them"
+    said = f"{'experts' if mixes else 'linear layers'} were trained as INT4 rounds them: engine-int4 writes what was"
     assert said in capsys.readouterr().out
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "engine").state_dict()
-    own = load_language_run(tmp_path / "run")[0].model.state_dict()
+    trained = load_language_run(tmp_path / "run")[0].model
     name = "model.layers.1.mlp.experts.down_proj" if mixes else "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(found[name], own[name])
+    assert torch.equal(found[name], trained.state_dict()[name])
+    assert main(["export", str(tmp_path / "run"), "--format", "engine-int4", "--output", str(tmp_path / "int4")]) == 0
+    assert record(tmp_path / "int4")["reloaded"]["largest_difference"] == 0
+    shown = capsys.readouterr()
+    assert "Compressing" not in shown.err and "Dispatching" not in shown.err
+    ids = torch.randint(2, 400, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        served = AutoModelForCausalLM.from_pretrained(tmp_path / "int4").eval()(ids).logits
+        assert torch.equal(served, trained(ids).logits)
 
 
 def test_fewer_experts_and_plain_folders(backbone: Path, root: Path, tmp_path: Path) -> None:

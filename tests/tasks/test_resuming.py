@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pyra.tasks.reports.report import report
 from pyra.tasks.training import train
 
 EPOCHS, STEPS = 3, 15
+ROUNDED = pytest.mark.skipif(find_spec("torchao") is None, reason="the extra `torchao` is not installed")
 
 
 class Interruption(BaseException):
@@ -84,6 +86,7 @@ def whole(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         {"peft": "pissa"},
         {"ema": 0.9, "randaugment": "rand-m9-n2", "mixup": 0.5, "cutmix": 1.0, "smoothing": 0.1},
         {"rate": "0.2:0.5", "elastic": True, "accumulate": 2, "gradient_checkpointing": True},
+        pytest.param({"qat": "int4", "dropout": 0.0, "gradient_checkpointing": True}, marks=ROUNDED),
     ],
     ids=lambda changes: "-".join(map(str, changes)) or "plain",
 )

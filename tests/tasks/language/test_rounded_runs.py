@@ -12,6 +12,7 @@ from tiny_language import mixture
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from pyra.backbones import unwrap
 from pyra.errors import ConfigError
 from pyra.experts import quantising_config, undo_fake_quantise
 from pyra.export import write_int4
@@ -55,21 +56,30 @@ def test_experts_are_scored_as_they_are_deployed(method: str, root: Path, tmp_pa
     assert not torch.equal(logits(undo_fake_quantise(model)), found)
 
 
-@pytest.mark.parametrize(("kind", "answer"), [("llama", "scoring"), ("qwen", "scoring"), ("bert", "head")])
+@pytest.mark.parametrize(
+    ("kind", "answer", "how"),
+    [
+        ("llama", "scoring", {"method": "full"}),
+        ("qwen", "scoring", {"method": "lora", "dropout": 0.0}),
+        ("llama", "scoring", {"method": "pyra", "keep": "0:0.4", "dropout": 0.0, "targets": "q_proj,up_proj"}),
+        ("bert", "head", {"method": "full"}),
+    ],
+    ids=lambda value: value.get("method") if isinstance(value, dict) else value,
+)
 def test_linear_layers_of_dense_models(
-    kind: str, answer: str, backbones: dict[str, Path], root: Path, tmp_path: Path
+    kind: str, answer: str, how: dict[str, Any], backbones: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("torchao", reason="the extra `torchao` is not installed")
-    asked = options(backbones[kind], root, tmp_path / "run", method="full", answer=answer)
+    asked = options(backbones[kind], root, tmp_path / "run", answer=answer, **how)
     result, _ = train_language(asked)
-    assert result.method == "full+int4"
+    assert result.method == f"{how['method']}+int4"
     again, _, _ = evaluate_language_run(tmp_path / "run", Evaluation(device="cpu"))
     stored, predicted = (
         json.loads((tmp_path / "run" / name).read_text())["predictions"]
         for name in ("predictions.json", "predictions-evaluation.json")
     )
     assert again.value == pytest.approx(result.value) and predicted == stored
-    model = load_language_run(tmp_path / "run")[0].model
+    model = unwrap(load_language_run(tmp_path / "run")[0].model)
     assert trains_as_rounded(model)
     head = model.get_output_embeddings() if answer == "scoring" else model.classifier
     assert not trains_as_rounded(head)
@@ -82,8 +92,10 @@ def test_linear_layers_of_dense_models(
 def test_what_cannot_be_trained_rounded_is_refused_before_training(
     backbones: dict[str, Path], root: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="rounded only with --method full; what --method lora adds"):
+    with pytest.raises(ConfigError, match="no routed experts, and --qat int4 of linear layers takes no dropout"):
         train_language(options(backbones["llama"], root, tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"goes with --method full, lora and rslora, .* what dora adds"):
+        train_language(options(backbones["llama"], root, tmp_path / "run", method="dora", dropout=0.0))
     narrow = mixture(tmp_path / "joyai")
     with pytest.raises(ConfigError, match="groups of 64 do not divide 32 inputs"):
         train_language(options(narrow, root, tmp_path / "run"))
