@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 EDITABLE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-kernels test-cluster lint typecheck bench wheel-test clean
+.PHONY: help demo test test-all test-kernels test-processes test-cluster lint typecheck bench wheel-test clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,6 +45,10 @@ typecheck: $(READY) ## mypy over the whole package, mapped folders included
 	status=0; (cd build/mypy && ../../$(BIN)/mypy --config-file ../../pyproject.toml --linecount-report . -p pyra) || status=$$?; \
 	$(EDITABLE) && exit $$status
 	PYRA_MYPY_REPORT=build/mypy/linecount.txt $(BIN)/pytest -q tests/test_typecheck.py
+
+test-processes: $(READY) ## trainings and models that two processes share, and sweeps that end early
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow -k "processes or distributed or sweep_that" tests/backbones/test_matrix.py \
+		tests/tasks/fitting tests/tasks/language tests/tasks/sweeps/test_drive.py tests/posttraining
 
 test-cluster: $(READY) ## a sweep on a Ray cluster of two nodes, one of which is killed, and as jobs
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow tests/tasks/sweeps/test_cluster.py

@@ -35,6 +35,7 @@ def test_scaled_is_published_with_smaller_weights(rows: int, counted: int) -> No
     assert torch.equal(size, same) and not torch.allclose(found, merge_tokens(x, None, plan, weights)[0])
 
 
+@pytest.mark.slow  # compiles each model
 @pytest.mark.parametrize("family", ["timm-average", "hf-dinov2"])
 def test_in_models_eager_and_compiled(family: str) -> None:
     inputs, found = FAMILIES[family].inputs(), []

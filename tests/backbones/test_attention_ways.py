@@ -32,6 +32,7 @@ def test_every_family_computes_as_with_a_mask(family: str) -> None:
         assert not torch.allclose(found, without, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # compiles and exports each way
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["timm-vit", "timm-eva-dinov3", "hf-dinov2"])
 def test_compiled_and_exported(family: str, way: str) -> None:

@@ -189,7 +189,10 @@ FIRST = (
 )
 
 
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(first, marks=() if place < 2 else pytest.mark.slow) for place, first in enumerate(FIRST)],
+)  # each in a process of its own, which imports transformers
 def test_the_auto_classes_know_it_whatever_is_imported_first(first: str, published: Path) -> None:
     script = f"""
 import sys, pyra

@@ -41,6 +41,7 @@ def test_options_in_models(option: str, family: str) -> None:
     torch.testing.assert_close(values(model.double(), doubled).float(), found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # compiles and exports each option
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_compile_and_export(option: str) -> None:
     inputs = FAMILIES["timm-vit"].inputs()

@@ -443,8 +443,8 @@ QUICK: tuple[Callable[..., None], ...] = (
     wrapped_again,
 )
 TRACED = (compiled, compiled_plainly, compiled_backward, exported)
-# One of each kind of layer and pooling; the others take the same paths, and minutes to trace.
-TRACED_QUICKLY = ("timm-vit", "timm-siglip", "timm-eva-dinov3", "hf-vit", "hf-dinov3")
+# One of timm and one of transformers, with and without rotary positions; each takes half a minute to trace.
+TRACED_QUICKLY = ("timm-vit", "hf-dinov3")
 traced_families = [
     pytest.param(name, marks=() if name in TRACED_QUICKLY else pytest.mark.slow, id=name) for name in FAMILIES
 ]
@@ -468,6 +468,7 @@ def test_matrix_inductor(family: str) -> None:
     compiled(family, backend="inductor")
 
 
+@pytest.mark.slow  # two processes start, and compute every family
 @pytest.mark.parametrize("way", [ddp, fsdp2], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matrix_distributed(family: str, way: Callable[[str, Path], None], two_processes: Path) -> None:

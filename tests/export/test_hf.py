@@ -226,7 +226,12 @@ print("opened")
 
 
 @pytest.mark.parametrize(
-    "order", ["pyra,transformers", "transformers,pyra", "transformers.models.auto.modeling_auto,pyra"]
+    "order",
+    [
+        "pyra,transformers",
+        pytest.param("transformers,pyra", marks=pytest.mark.slow),  # transformers is imported anew
+        pytest.param("transformers.models.auto.modeling_auto,pyra", marks=pytest.mark.slow),
+    ],
 )
 def test_the_auto_classes_of_transformers_open_it(
     order: str, of_transformers: Path, images: Images, tmp_path: Path

@@ -265,6 +265,7 @@ def test_int8(
         assert (error <= FORMATS[format].tolerance * expected.abs().max()).sum() >= 16 - comparison.differing
 
 
+@pytest.mark.slow  # two quantised exports
 def test_ranges_come_from_the_calibration_images(
     no_exporter: list[nn.Module], wrapped: nn.Module, images: Images, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_an_access_outside_ends_the_process(place: int) -> None:
     assert said.returncode < 0, said  # by a signal
 
 
+@pytest.mark.slow  # all kernels in Triton's interpreter, in a process of their own
 def test_every_access_is_inside() -> None:
     said = in_a_process_of_its_own(KERNELS)
     assert said.returncode == 0, said.stderr[-2000:]

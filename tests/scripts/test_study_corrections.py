@@ -62,6 +62,7 @@ def test_jpeg_changes_pixels_a_little() -> None:
     assert 0 < difference < 10 and data.pixels.shape == saved.pixels.shape
 
 
+@pytest.mark.slow  # a training each fault
 def test_the_study_of_tiny_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.json"
     arguments = f"--seeds 1 --epochs 0.1 --limit 40 --runs {tmp_path / 'runs'} --output {output}"

@@ -16,6 +16,7 @@ from pyra.scripts.study_elastic import resampled_model
 from pyra.tasks.options import RunOptions
 
 
+@pytest.mark.slow  # a training each rate
 def test_the_study_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "rows.json"
     arguments = "--seeds 1 --epochs 0.02 --limit 40 --kinds elastic,resampled --rates 0.2,0.4"

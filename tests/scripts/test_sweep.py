@@ -11,6 +11,7 @@ from pyra.scripts.main import main
 TINY = ["--limit", "8", "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu"]
 
 
+@pytest.mark.slow  # a grid of trainings
 def test_a_sweep_its_report_and_what_a_dry_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["sweep", "--method", "linear,pyra", "--rate", "0.5", *TINY, "--output", str(tmp_path / "sweep")]
     assert main([*line, "--dry-run"]) == 0
@@ -25,6 +26,7 @@ def test_a_sweep_its_report_and_what_a_dry_run_says(tmp_path: Path, capsys: pyte
     assert "0 of 2 runs are left" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # a sweep of trainings
 def test_a_budget_that_is_spent_is_a_status_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["sweep", "--method", "linear,pyra", "--rate", "0.5", *TINY, "--output", str(tmp_path / "sweep")]
     assert main([*line, "--budget", "0.1s"]) == 3

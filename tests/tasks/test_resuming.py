@@ -175,7 +175,10 @@ def test_other_options_or_data_do_not_go_on(
     assert staging.is_dir()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],  # a training in a process each
+)
 def test_a_killed_process(
     sent: signal.Signals, whole: dict[str, dict[str, bytes]], tiny_backbone: Path, tmp_path: Path
 ) -> None:

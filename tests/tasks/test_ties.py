@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from pyra import PyraConfig, wrap
@@ -14,6 +15,7 @@ from pyra.tasks.evaluation import data_for
 from pyra.tasks.runs import DEMO_BACKBONE
 
 
+@pytest.mark.slow  # a real backbone in float64
 def test_few_real_images_merge_differently_in_float64() -> None:
     torch.manual_seed(0)
     model = create_backbone(str(DEMO_BACKBONE), num_classes=10).eval()

@@ -24,6 +24,7 @@ def test_a_subject_is_described_without_its_weights() -> None:
     assert macs(model, schedules["high"]) == macs(model) < macs(model, schedules["low"])
 
 
+@pytest.mark.slow  # compiles and trains a model
 def test_rows_of_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     arguments = "--backbone vit_tiny_patch16_224 --image-size 64 --batch-size 2 --train-batch-size 2 --rounds 2"

@@ -79,6 +79,7 @@ def test_draws_are_the_same_everywhere_and_have_nothing_in_common() -> None:
         sprites.draw_split(1000, 0, 737_000)
 
 
+@pytest.mark.slow  # draws whole tasks
 def test_the_tasks() -> None:
     task = load_task("dsprites_ori")
     assert {name: len(rows) for name, rows in task.splits.items()} == {

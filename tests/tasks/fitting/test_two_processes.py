@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow(reason="processes of their own, which load torch, and two of them train")
+
 SETTINGS = ("--limit", "39", "--epochs", "4", "--batch-size", "8", "--dropout", "0", "--drop-path", "0",
             "--device", "cpu", "--method", "pyra", "--rate", "0.5", "--lr", "1e-2")  # fmt: skip
 

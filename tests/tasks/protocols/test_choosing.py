@@ -15,6 +15,7 @@ def sources(rows: object) -> set[str]:
     return set(rows["source"][:])  # type: ignore[index]
 
 
+@pytest.mark.slow  # prepares and trains on each task
 @pytest.mark.parametrize("name", ["demo", "dsprites_ori"])
 def test_no_test_image_chooses_or_trains(name: str) -> None:
     task = load_task(name)

@@ -84,6 +84,7 @@ def test_published_protocol_reports_the_best_epoch_of_the_test_split(
     assert [entry["step"] for entry in training_of(tmp_path / "x" / "seed-0")["losses"]] == [1, 4, 8, 10, 12]
 
 
+@pytest.mark.slow  # an experiment several times over
 def test_an_experiment_goes_on_where_it_was(
     tiny_backbone: Path,
     tmp_path: Path,

@@ -295,6 +295,7 @@ def test_runs_take_place_in_workers(tmp_path: Path) -> None:
     assert (tmp_path / "sweep" / "jobs" / "worker-0.log").is_file()
 
 
+@pytest.mark.slow  # sweeps in processes of their own, which load torch
 def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pyra.scripts.main", "sweep", "--task", "demo", "--method", "lora,pyra", "--rate"]
     line += ["0.3,0.5", "--limit", "8", "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu"]
@@ -315,6 +316,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rate"] == "0.3,0.5"
 
 
+@pytest.mark.slow  # sweeps in processes of their own, which load torch
 def test_a_sweep_that_is_interrupted_says_how_it_goes_on(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pyra.scripts.main", "sweep", "--task", "demo", "--method", "lora", "--epochs", "50"]
     line += ["--image-size", "32", "--device", "cpu", "--output", str(tmp_path / "sweep")]
