@@ -28,7 +28,8 @@ class EngineRecord:
             ``note``.
         tokenizer: its files, and whether they give the ids that the model was trained with.
         reloaded: ``with`` what, the largest difference of a ``weight`` from the model's rounded one, and
-            ``comparison`` of logits with the model in float32; None where that was skipped.
+            comparison of logits with the model in float32, of INT4 with its weights rounded (``rounding`` tells how
+            far those are from the float ones, of a model that was not trained rounded); None where that was skipped.
         merging: of a model whose prompts merge: its schedule, and what computing whole prompts changes; None of others.
         notes: what a user should know.
         environment: versions that wrote it.

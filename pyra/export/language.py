@@ -39,7 +39,7 @@ class LanguageModel:
         files: folder its tokenizer's files are in; None where there is none.
         dtype: that the backbone's own weights are stored in, such as ``bfloat16``.
         mtp: checkpoint folder that may hold weights of MTP layers.
-        rounded: whether it was trained as INT4 rounds it; INT4 is then compared with what was trained.
+        rounded: whether it was trained as INT4 rounds it; what rounding changes is told of others.
         group: inputs that share a scale, where its experts were trained so.
         merging: where its prompts merge, what that is and what whole prompts change.
         notes: what a user should know.
@@ -104,7 +104,8 @@ def export_language_model(
         format: a name of :data:`~pyra.export.language_formats.LANGUAGE_FORMATS`.
         verify: reload and compare.
         tolerance: largest difference of a token's logits, as a share of the largest one; by default that of what the
-            weights are rounded to (of a model that was trained rounded, that of the floats beside).
+            weights are cast to. INT4 is held against the model with its weights rounded, so what rounding itself
+            changes is told in the record, and nothing to tolerate.
 
     Returns:
         What stands in ``engine.json``.
@@ -130,9 +131,8 @@ def export_language_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = compared_rows(subject)
-    exact = weights == "int4" and subject.rounded  # beside the integers, floats may be rounded to the backbone's type
-    kind = subject.dtype if exact else weights
-    rounding = int4_rounding(subject.model, subject.group) if exact else None
+    rounding = int4_rounding(subject.model, subject.group) if weights == "int4" else None
+    kind = weights if rounding is None else subject.dtype  # of the floats beside the integers
     with nullcontext() if rounding is None else rounded_weights(subject.model, rounding):
         expected = row_logits(subject.model, rows)
     if not expected.isfinite().all():
@@ -151,6 +151,8 @@ def export_language_model(
             merges=kind != "float32",  # rounding sends some tokens to other experts
         )
         reloaded = _reloaded(found, comparison, tolerance)
+        if rounding is not None and not subject.rounded:
+            reloaded["rounding"] = _moved(row_logits(subject.model, rows), expected)
     record = _record(subject, folder, chosen, weights, written, reloaded, time.perf_counter() - start)
     write_json(folder / RECORD, record)
     return record
@@ -200,6 +202,13 @@ def _reloaded(found: Reloaded, comparison: Comparison, tolerance: float) -> dict
         "differing": comparison.differing,
         "top1_agreement": comparison.top1_agreement,
     }
+
+
+def _moved(floats: Tensor, rounded: Tensor) -> dict[str, Any]:
+    """Return how far the logits [T, V] of rounded weights are from those of the float ones."""
+    largest = float((floats - rounded).abs().max() / floats.abs().max().clamp(min=1e-12))
+    same = (floats.argmax(-1) == rounded.argmax(-1)).double().mean()
+    return {"relative_difference": largest, "top1_agreement": float(same)}
 
 
 def _record(

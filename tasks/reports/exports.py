@@ -81,6 +81,12 @@ def language_remarks(exports: Sequence[ExportedLanguage]) -> list[str]:
     for export in exports:
         record = export.record
         notes = [record.mtp["note"]] if "note" in record.mtp else []
+        if moved := (record.reloaded or {}).get("rounding"):
+            notes.append(
+                "compared with the model's own weights, rounded; rounding them moves logits by up to "
+                f"{moved['relative_difference']:.1e} of the largest one, and leaves {moved['top1_agreement']:.1%} of "
+                "the likeliest tokens as they were"
+            )
         remarks += [f"{export.folder}: {note}" for note in (*notes, *record.notes)]
     record = exports[0].record
     where = exports[0].folder
