@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CompressedTensorsConfig,
 )
 
 from pyra.adapters.targets import trained_modules
@@ -123,7 +124,7 @@ def load_classifier(backbone: str, labels: list[str], pad_id: int, seed: int = 0
 
 
 def load_decoder(backbone: str) -> nn.Module:
-    """Return a backbone that says which token comes next, in float32.
+    """Return a backbone that says which token comes next, in float32; integers of compressed-tensors become floats.
 
     Raises:
         ConfigError, CheckpointError: where it cannot be had.
@@ -146,6 +147,9 @@ def load_decoder(backbone: str) -> nn.Module:
 
 def _load(auto: Any, backbone: str, config: Any, **options: Any) -> tuple[nn.Module, list[str]]:
     """Return a model, and the names of its tensors that the files do not hold, or not in its size."""
+    quantised = getattr(config, "quantization_config", None) or {}
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "compressed-tensors":
+        options["quantization_config"] = CompressedTensorsConfig(run_compressed=False)  # floats, to train and to count
     try:
         model, told = auto.from_pretrained(
             _place(backbone),

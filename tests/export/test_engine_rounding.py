@@ -23,6 +23,7 @@ from pyra.experts.quantising import QuantisingConfig, quantise, rounded
 from pyra.export import export_language_model
 from pyra.export.engine_rounding import int4_rounding
 from pyra.export.linear_training import LINEAR, fake_quantise_linear, undo_fake_quantise_linear
+from pyra.tasks.language.models import count_macs, load_decoder
 
 IDS = torch.randint(2, 400, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -141,3 +142,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         parameter.data = rounded(parameter.data, LINEAR)
     with pytest.raises(ConfigError, match=r"q_proj holds a weight that was rounded to 4 bits already"):
         export_language_model(subject(model), tmp_path / "again", "engine-int4")
+
+
+def test_an_int4_folder_is_a_backbone_in_floats(tmp_path: Path) -> None:
+    export_language_model(opened(dense("llama"), tmp_path / "source"), tmp_path / "out", "engine-int4")
+    model = load_decoder(str(tmp_path / "out"))
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    assert len(layers) == 2 * 7 and all(type(layer) is nn.Linear for layer in layers)
+    assert torch.equal(logits(model), logits(reopened(tmp_path / "out")))
+    assert count_macs(model, 10) == count_macs(load_decoder(str(tmp_path / "source")), 10)
