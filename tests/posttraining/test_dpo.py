@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         patch.setattr(ProgressBar, "on_step_end", end)
         train_dpo(wanted)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "result.json").exists()
     with pytest.raises(OutputError, match=r"was begun with other options \(--beta\)"):
         train_dpo(options(llama, pairs, tmp_path / "run", **{**changes, "beta": 0.1, "resume": True}))
     wanted.resume = True
