@@ -246,6 +246,14 @@ def test_too_few_questions_and_too_long_ones_are_errors(backbone: str, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_that_two_processes_cannot_share_is_an_error(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--batch-size 9 cannot be shared by 2 processes: give a multiple of 2"):
+        train_rl(options(backbone, tmp_path / "run", batch_size=9, group=3))
+
+
 def test_the_verb_prints_the_row_and_how_it_went(
     backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,11 +30,11 @@ def told(values: dict[str, Any]) -> dict[str, Any]:
     plain = rl.fit_policy
 
     def fit(model: Any, *arguments: Any) -> Any:
-        before = {name: value.clone() for name, value in model.named_parameters()}
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
         fitted = plain(model, *arguments)
         for name, value in model.named_parameters():
             weights.update(value.detach().numpy().tobytes())
-            moved.append(float((value - before[name]).abs().max()))
+            moved.append(float((value - before[name]).detach().abs().max()))
         return fitted
 
     moved: list[float] = []
