@@ -35,6 +35,8 @@ C_PLUS, C_MINUS, EPS, UPDATES = 0.15, 0.1, 0.05, 4
 """Budgets, and updates on each rollout, where none are given: ours, as the published values are not known."""
 PASSES, ROLLS_BACK, ZEROED, EMPTY = 0, 1, 2, 3
 """What becomes of a trajectory's drift; ``EMPTY`` has no token."""
+GroupBudgets = tuple[float | None, float | None, float | None]
+"""``c_plus``, ``c_minus`` and ``eps`` of prompt groups, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,20 @@ class Regimes:
     """
 
     trajectories: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True)
+class GroupRegimes:
+    """What a level above trajectories does to a batch.
+
+    Attributes:
+        groups: [P] ``PASSES``, ``ROLLS_BACK``, ``ZEROED`` or ``EMPTY``: the worse of its two signs; in the order of
+            their numbers.
+        clipped: [B] trajectories whose gated drift is beside their group's by more than ``eps``.
+    """
+
+    groups: Tensor
     clipped: Tensor
 
 
@@ -130,14 +146,54 @@ def roll_back(drift: Tensor, budget: float, count: Tensor) -> Tensor:
 def fiberpo_regimes(log_ratio: Tensor, mask: Tensor, *, c_plus: float, c_minus: float, eps: float) -> Regimes:
     """Tell which trajectories pass, roll back or are zeroed, and which tokens are clipped; arguments as of the gate."""
     real, rising, falling = _parts(log_ratio, mask)
-    count = real.sum(1).clamp(min=1).to(rising.dtype)
+    count = real.sum(1).clamp(min=1)
     states, clipped = [], torch.zeros_like(real)
     for parts, budget in ((rising, c_plus), (falling, c_minus)):
         drift = parts.sum(1) / count
-        states.append((drift > budget).long() + (drift >= (1 + 1 / count) * budget).long())
+        states.append(_states(drift, budget, count))
         clipped |= ((parts - drift[:, None]).abs() > eps) & real
-    worse = torch.maximum(*states)
-    return Regimes(torch.where(real.any(1), worse, EMPTY), clipped)
+    return Regimes(torch.where(real.any(1), torch.maximum(*states), EMPTY), clipped)
+
+
+@torch.no_grad()
+def group_regimes(log_ratio: Tensor, mask: Tensor, level: FiberLevel, *, c_plus: float, c_minus: float) -> GroupRegimes:
+    """Tell which groups of a level right above trajectories pass, roll back or are zeroed, and what is clipped there.
+
+    Args:
+        log_ratio: [B, T], as of :func:`fiberpo_log_gate`.
+        mask: [B, T].
+        level: the groups.
+        c_plus: budget of a trajectory.
+        c_minus: budget of a trajectory.
+    """
+    real, rising, falling = _parts(log_ratio, mask)
+    divisor, present = real.sum(1).clamp(min=1), real.any(1)
+    states, clipped = [], torch.zeros_like(present)
+    for parts, budget, of_group in ((rising, c_plus, level.c_plus), (falling, c_minus, level.c_minus)):
+        values = roll_back(parts.sum(1) / divisor, budget, divisor)
+        own, count, drift = _group_means(values, present, level.members)
+        states.append(_states(drift, of_group, count.clamp(min=1)))
+        clipped |= ((values - drift[own]).abs() > level.eps) & present
+    return GroupRegimes(torch.where(count > 0, torch.maximum(*states), EMPTY), clipped)
+
+
+def prompt_groups(ids: Tensor, mask: Tensor) -> Tensor:
+    """Return a number for each prompt, the same for prompts of the same tokens: members of a :class:`FiberLevel`.
+
+    Args:
+        ids: [B, N] tokens of the prompts; anything off the mask, on whichever side.
+        mask: [B, N] 1 (true) on the prompt.
+
+    Returns:
+        [B], from 0.
+
+    >>> prompt_groups(torch.tensor([[0, 5], [7, 5], [9, 5]]), torch.tensor([[0, 1], [1, 1], [0, 1]]))
+    tensor([0, 1, 0])
+    """
+    real = mask.bool()
+    front = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # the prompt first, in its order
+    tokens = torch.where(real, ids, -1).gather(1, front)
+    return tokens.unique(dim=0, return_inverse=True)[1]
 
 
 def budget_problems(c_plus: float, c_minus: float, eps: float, names: Sequence[str] = ()) -> list[str]:
@@ -157,6 +213,38 @@ def budget_problems(c_plus: float, c_minus: float, eps: float, names: Sequence[s
     if eps > (c_plus + c_minus) / 2:
         problems.append(f"{clip} must be much smaller than {plus} + {minus} (half of it at most), got {eps}")
     return problems
+
+
+def group_problems(budgets: GroupBudgets, of_trajectories: tuple[float, float], names: Sequence[str]) -> list[str]:
+    """List what is wrong with the budgets of prompt groups, under the names that they are given by.
+
+    Args:
+        budgets: ``c_plus``, ``c_minus`` and ``eps`` of the level; all None for no such level.
+        of_trajectories: ``c_plus`` and ``c_minus``.
+        names: of the three.
+
+    >>> group_problems((0.1, None, None), (0.15, 0.1), ("c_plus", "c_minus", "eps"))
+    ['c_plus, c_minus and eps are given together or not at all: c_minus and eps are missing']
+    """
+    missing = [name for name, value in zip(names, budgets, strict=True) if value is None]
+    if len(missing) == len(names):
+        return []
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        plus, minus, clip = names
+        return [f"{plus}, {minus} and {clip} are given together or not at all: {' and '.join(missing)} {verb} missing"]
+    problems = budget_problems(*budgets, names)  # type: ignore[arg-type]
+    if problems:
+        return problems
+    return [
+        f"{name} must be below that of an answer, {outer}, got {value}: no group drifts further than its answers"
+        for name, value, outer in zip(names[:2], budgets[:2], of_trajectories, strict=True)
+        if value is not None and _positive(outer) and value >= outer
+    ]
+
+
+def _states(drift: Tensor, budget: float, count: Tensor) -> Tensor:
+    return (drift > budget).long() + (drift >= (1 + 1 / count.to(drift.dtype)) * budget).long()
 
 
 def _parts(log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,17 +275,19 @@ def _gated_groups(values: Tensor, present: Tensor, levels: _Wider) -> Tensor:
     if not levels:
         return values
     (members, budget, eps), *wider = levels
+    own, count, drift = _group_means(values, present, members)
+    residual = (values - drift[own]).clamp(-eps, eps)
+    of_groups = [(outer.new_empty(len(count)).scatter(0, own.to(outer.device), outer), *rest) for outer, *rest in wider]
+    rolled = roll_back(drift, budget, count.clamp(min=1))
+    return _gated_groups(rolled, count > 0, of_groups)[own] + residual  # type: ignore[arg-type]
+
+
+def _group_means(values: Tensor, present: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the place of each member's group [M], and the groups' members that are present and means [P]."""
     groups, own = members.to(values.device).unique(return_inverse=True)
     zero = values.new_zeros(len(groups))
     count = zero.index_add(0, own, present.to(values.dtype))
-    divisor = count.clamp(min=1)
-    drift = zero.index_add(0, own, torch.where(present, values, 0.0)) / divisor
-    residual = (values - drift[own]).clamp(-eps, eps)
-    of_groups = [
-        (outer.new_empty(len(groups)).scatter(0, own.to(outer.device), outer), *rest) for outer, *rest in wider
-    ]
-    gated = _gated_groups(roll_back(drift, budget, divisor), count > 0, of_groups)  # type: ignore[arg-type]
-    return gated[own] + residual
+    return own, count, zero.index_add(0, own, torch.where(present, values, 0.0)) / count.clamp(min=1)
 
 
 def _tensor_problems(log_ratio: Tensor, mask: Tensor) -> list[str]:

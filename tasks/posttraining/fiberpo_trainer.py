@@ -19,9 +19,13 @@ from pyra.tasks.posttraining.fiberpo import (
     ROLLS_BACK,
     UPDATES,
     ZEROED,
+    FiberLevel,
     budget_problems,
     fiberpo_log_gate,
     fiberpo_regimes,
+    group_problems,
+    group_regimes,
+    prompt_groups,
 )
 
 _REGIMES = {"passing": PASSES, "rolling_back": ROLLS_BACK, "zeroed": ZEROED}
@@ -31,6 +35,8 @@ _INPUTS = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask
 # options of GRPOConfig that belong to other losses
 _OTHERS = ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "off_policy_mask_threshold",
            "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy")  # fmt: skip
+_BUDGETS = ("c_plus", "c_minus", "fiber_eps")
+_OF_GROUPS = ("group_c_plus", "group_c_minus", "group_eps")
 
 
 @dataclass
@@ -44,6 +50,10 @@ class FiberPOConfig(GRPOConfig):
         c_plus: budget of a trajectory's mean upward drift, in nats a token.
         c_minus: budget of its mean downward drift, below ``c_plus``.
         fiber_eps: how far a token may move beside its trajectory, well below ``c_plus + c_minus``.
+        group_c_plus: budget of the mean upward drift of the answers to one prompt, below ``c_plus``; with the two
+            below, or none of the three: no level above trajectories. That level is an extension of ours.
+        group_c_minus: budget of its mean downward drift, below ``c_minus`` and ``group_c_plus``.
+        group_eps: how far an answer may drift beside the others to its prompt.
 
     Raises:
         ConfigError: naming every option that cannot be used.
@@ -54,6 +64,9 @@ class FiberPOConfig(GRPOConfig):
     c_plus: float = field(default=C_PLUS, metadata={"help": "budget of a trajectory's mean upward drift"})
     c_minus: float = field(default=C_MINUS, metadata={"help": "budget of its mean downward drift"})
     fiber_eps: float = field(default=EPS, metadata={"help": "how far a token may move beside its trajectory"})
+    group_c_plus: float | None = field(default=None, metadata={"help": "budget of a prompt's mean upward drift"})
+    group_c_minus: float | None = field(default=None, metadata={"help": "budget of its mean downward drift"})
+    group_eps: float | None = field(default=None, metadata={"help": "how far an answer may drift beside the others"})
 
     def __post_init__(self) -> None:
         """Check what trl does not know of."""
@@ -64,7 +77,9 @@ class FiberPOConfig(GRPOConfig):
             for name in _OTHERS
             if getattr(self, name) != defaults[name]
         ]
-        problems += budget_problems(self.c_plus, self.c_minus, self.fiber_eps, ("c_plus", "c_minus", "fiber_eps"))
+        problems += budget_problems(self.c_plus, self.c_minus, self.fiber_eps, _BUDGETS)
+        of_groups = (self.group_c_plus, self.group_c_minus, self.group_eps)
+        problems += group_problems(of_groups, (self.c_plus, self.c_minus), _OF_GROUPS)
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -75,6 +90,14 @@ class FiberPOTrainer(GRPOTrainer):
     As GRPO's: tool masks, the correction for samples of vLLM, the KL term of ``beta``, the balance of experts.
     Under ``fiberpo/`` are logged the shares of trajectories, and of tokens by their trajectory, that pass, roll back
     and are zeroed, and of tokens that are clipped beside their trajectory; under ``ratio/`` the ratio itself.
+
+    With ``group_c_plus``, ``group_c_minus`` and ``group_eps``, the answers to one prompt are a level of the gate above
+    trajectories, and the shares of groups, and of trajectories that are clipped beside their group, are logged too. trl
+    shuffles the answers of a rollout and cuts them into steps, parts of a step and processes: a group is those answers
+    to a prompt that are in the same part of the same process, which are all of them where ``steps_per_generation`` is 1
+    and there is one process. Prompts of the same tokens are one prompt, also where their images differ. There is no
+    level of domains here: trl gives columns of the data to rewards alone, none reaches the loss. Domains are what
+    :func:`~pyra.tasks.posttraining.fiberpo.fiberpo_log_gate` takes as a further level.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "fiberpo"]
@@ -101,7 +124,8 @@ class FiberPOTrainer(GRPOTrainer):
         log_ratio = logps - (logps.detach() if old is None else old)
         advantages = inputs["advantages"]
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages
-        losses = -fiberpo_log_gate(log_ratio, mask, **self._budgets).exp() * advantages
+        levels = self._levels(inputs)
+        losses = -fiberpo_log_gate(log_ratio, mask, **self._budgets, levels=levels).exp() * advantages
         if "importance_sampling_ratio" in inputs:
             losses = losses * inputs["importance_sampling_ratio"]
         if self.beta != 0.0:
@@ -111,11 +135,20 @@ class FiberPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss
             self._note("aux_loss", self.accelerator.gather(aux_loss.detach()).mean().item())
         self._log_regimes(log_ratio.detach(), entropies, mask)
+        for level in levels:
+            self._log_groups(log_ratio.detach(), mask, level)
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
     @property
     def _budgets(self) -> dict[str, Any]:
         return {"c_plus": self.args.c_plus, "c_minus": self.args.c_minus, "eps": self.args.fiber_eps}
+
+    def _levels(self, inputs: dict[str, Any]) -> list[FiberLevel]:
+        """Return the groups of answers to one prompt, where there is such a level."""
+        plus, minus, eps = (getattr(self.args, name) for name in _OF_GROUPS)
+        if eps is None:
+            return []
+        return [FiberLevel(prompt_groups(inputs["prompt_ids"], inputs["prompt_mask"]), plus, minus, eps)]
 
     def _divergence(self, logps: Tensor, log_ratio: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
         """Return the KL divergence from the reference [B, T], estimated as GRPO does."""
@@ -140,6 +173,14 @@ class FiberPOTrainer(GRPOTrainer):
             self._note(name, share)
         largest = torch.where(mask.bool(), log_ratio, 0.0).abs().max().exp()
         self._note("ratio/farthest", self.accelerator.gather(largest).max().item())
+
+    def _log_groups(self, log_ratio: Tensor, mask: Tensor, level: FiberLevel) -> None:
+        found = group_regimes(log_ratio, mask, level, c_plus=self.args.c_plus, c_minus=self.args.c_minus)
+        counts = [(found.groups == state).sum() for state in _REGIMES.values()]
+        for name, share in zip(_REGIMES, self._shares((found.groups != EMPTY).sum(), *counts), strict=True):
+            self._note(f"fiberpo/groups/{name}", share)
+        (share,) = self._shares(mask.any(1).sum(), found.clipped.sum())
+        self._note("fiberpo/trajectories/clipped", share)
 
     def _shares(self, whole: Tensor, *parts: Tensor) -> list[float]:
         """Return parts of a whole, over all processes."""

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def train_rl(
     result = carry_out(options, rows, start.subject, device, left_out, work)
     notes = [*start.notes, *told_of_rows(rows, left_out, room)]
     notes += [
-        f"reward {one.__name__}: no number for {one.failed} of {one.samples} answers" for one in guarded if one.failed
+        f"reward {name}: no number for {failed} of {samples} answers"
+        for name, failed, samples in _marked(guarded)
+        if failed
     ]
     alike = [one["groups_alike"] for one in work.curves if "groups_alike" in one]
     if alike and min(alike) == 1:
@@ -160,8 +163,18 @@ class _Rewarded:
         """Score."""
         marked = answer_questions(subject, self.test, self.options, f"{self.options.label}: after")
         asked = [Answered(question.ids, len(question.ids)) for question in self.test]
-        columns = {**cost_columns(subject, asked), "num_test": len(self.test), "value_before": self.before}
-        answers = {"labels": [one.answer for one in self.test], "predictions": marked.texts, "right": marked.right}
+        columns = {
+            **cost_columns(subject, asked),
+            "num_test": len(self.test),
+            "value_before": self.before,
+            "answer_tokens": fmean(marked.tokens),
+        }
+        answers = {
+            "labels": [one.answer for one in self.test],
+            "predictions": marked.texts,
+            "generated_tokens": marked.tokens,
+            "right": marked.right,
+        }
         told = {"accuracy_before": self.before, "accuracy": marked.accuracy, "questions": len(self.test)}
         return Score(METRIC, marked.accuracy, True, columns, answers, told)
 
@@ -175,6 +188,8 @@ def panels(curves: Mapping[str, Sequence[Sequence[Entry]]]) -> list[Panel]:
         "clipped": "tokens clipped (gspo: answers)",
         "trajectories_rolling_back": "answers rolling back",
         "trajectories_zeroed": "answers beyond their budget",
+        "groups_rolling_back": "prompts rolling back",
+        "groups_zeroed": "prompts beyond their budget",
     }
     found = []
     for name, title in wanted.items():
@@ -194,16 +209,21 @@ def summary_of(curves: Sequence[Entry]) -> dict[str, float]:
     for name in ("reward", "length", "entropy"):
         values = [one[name] for one in curves if name in one and "reward" in one]
         if values:
-            found |= {f"first_{name}": _mean(values[:_FIRST]), f"last_{name}": _mean(values[-_FIRST:])}
+            found |= {f"first_{name}": fmean(values[:_FIRST]), f"last_{name}": fmean(values[-_FIRST:])}
     for name in ("clipped", "trajectories_passing", "trajectories_rolling_back", "trajectories_zeroed"):
         values = [one[name] for one in curves if name in one]
         if values:
-            found[name] = _mean(values)
+            found[name] = fmean(values)
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _marked(rewards: Sequence[Guarded]) -> list[tuple[str, int, int]]:
+    """Return name, marked and scored samples of each reward, of all processes."""
+    shares = processes.gathered([(one.failed, one.samples) for one in rewards])
+    return [
+        (one.__name__, sum(failed for failed, _ in counts), sum(samples for _, samples in counts))
+        for one, *counts in zip(rewards, *shares, strict=True)
+    ]
 
 
 def _warn(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pyra.errors import ConfigError
 from pyra.records import ABOVE_0, AT_LEAST_0, bound_problems, option
 from pyra.tasks.posttraining.arithmetic import Arithmetic
-from pyra.tasks.posttraining.fiberpo import C_MINUS, C_PLUS, EPS, UPDATES, budget_problems
+from pyra.tasks.posttraining.fiberpo import C_MINUS, C_PLUS, EPS, UPDATES, budget_problems, group_problems
 from pyra.tasks.posttraining.options import PostTrainingOptions
 
 ALGORITHMS = {
@@ -26,6 +26,7 @@ REWARDS = {
 }
 TASKS = ("arithmetic",)
 _FLAGS = ("--c-plus", "--c-minus", "--fiber-eps")
+_GROUP_FLAGS = ("--group-c-plus", "--group-c-minus", "--group-eps")
 
 
 @dataclass(kw_only=True)
@@ -37,12 +38,19 @@ class RlOptions(PostTrainingOptions):
     task: str | None = option(None, "problems that are made up, instead of --data", choices=TASKS, metavar="NAME")
     algorithm: str = option("fiberpo", "what an update maximises: see above", choices=tuple(ALGORITHMS))
     steps: int | None = option(100, "optimiser steps: --updates of them on each rollout")
-    batch_size: int = option(32, "answers of a rollout, and of a step; prompts that are scored at once")
+    batch_size: int = option(
+        32, "answers of a rollout, and of a step, in all processes; prompts that are scored at once by each"
+    )
     group: int = option(8, "answers to each prompt, which are compared with each other")
     updates: int = option(UPDATES, "optimiser steps on each rollout")
     c_plus: float = option(C_PLUS, "fiberpo: how far an answer may drift upwards, in nats a token")
     c_minus: float = option(C_MINUS, "fiberpo: how far downwards; below --c-plus")
     fiber_eps: float = option(EPS, "fiberpo: how far a token may move beside its answer")
+    group_c_plus: float | None = option(
+        None, "fiberpo: how far the answers to a prompt may drift upwards together, below --c-plus; by default no limit"
+    )
+    group_c_minus: float | None = option(None, "fiberpo: how far downwards; below --c-minus; with --group-c-plus")
+    group_eps: float | None = option(None, "fiberpo: how far one may drift beside the others; with --group-c-plus")
     clip: float | None = option(None, "grpo and gspo: clip of the ratio; 0.2 and 4e-4 by default")
     beta: float = option(0.0, "weight of the divergence from the model before the training")
     temperature: float = option(1.0, "of the answers that are drawn")
@@ -75,6 +83,7 @@ class RlOptions(PostTrainingOptions):
         problems += bound_problems(self, ABOVE_0, above)
         problems += bound_problems(self, AT_LEAST_0, ("beta",))
         problems += budget_problems(self.c_plus, self.c_minus, self.fiber_eps, _FLAGS)
+        problems += self._group_problems()
         problems += self._rollout_problems()
         if not self.rewards or len(set(self.rewards)) < len(self.rewards):
             problems.append(f"--rewards must be some of {', '.join(REWARDS)}, each once")
@@ -93,6 +102,13 @@ class RlOptions(PostTrainingOptions):
         except ConfigError as error:
             problems.append(f"--{str(error).removeprefix('arithmetic: ')}")
         return problems
+
+    def _group_problems(self) -> list[str]:
+        budgets = (self.group_c_plus, self.group_c_minus, self.group_eps)
+        given = [flag for flag, value in zip(_GROUP_FLAGS, budgets, strict=True) if value is not None]
+        if given and self.algorithm != "fiberpo":
+            return [f"{' and '.join(given)}: of fiberpo alone, leave out with --algorithm {self.algorithm}"]
+        return group_problems(budgets, (self.c_plus, self.c_minus), _GROUP_FLAGS)
 
     def _rollout_problems(self) -> list[str]:
         if self.group < 2:

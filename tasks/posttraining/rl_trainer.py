@@ -44,6 +44,10 @@ CURVES = {
     "fiberpo/trajectories/passing": "trajectories_passing",
     "fiberpo/trajectories/rolling_back": "trajectories_rolling_back",
     "fiberpo/trajectories/zeroed": "trajectories_zeroed",
+    "fiberpo/trajectories/clipped": "trajectories_clipped",
+    "fiberpo/groups/passing": "groups_passing",
+    "fiberpo/groups/rolling_back": "groups_rolling_back",
+    "fiberpo/groups/zeroed": "groups_zeroed",
     "fiberpo/tokens/passing": "tokens_passing",
     "fiberpo/tokens/rolling_back": "tokens_rolling_back",
     "fiberpo/tokens/zeroed": "tokens_zeroed",
@@ -129,7 +133,8 @@ def _values(options: RlOptions) -> dict[str, Any]:
         "dataloader_drop_last": True,
     }
     if options.algorithm == "fiberpo":
-        return values | {"c_plus": options.c_plus, "c_minus": options.c_minus, "fiber_eps": options.fiber_eps}
+        names = ("c_plus", "c_minus", "fiber_eps", "group_c_plus", "group_c_minus", "group_eps")
+        return values | {name: getattr(options, name) for name in names}
     level = "sequence" if options.algorithm == "gspo" else "token"
     clip = CLIPS[options.algorithm] if options.clip is None else options.clip
     return values | {"epsilon": clip, "importance_sampling_level": level}

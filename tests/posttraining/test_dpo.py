@@ -15,11 +15,19 @@ from tiny_chats import pair, write_lines
 from tiny_language import decoder, save, tokenizer
 from torch.nn import functional as F
 
-from pyra.errors import ConfigError
+from pyra.errors import ConfigError, OutputError
 from pyra.scripts.main import main
+from pyra.tasks.fitting.callbacks import ProgressBar
 from pyra.tasks.fitting.loop import training_values
 from pyra.tasks.language.runs import Subject
-from pyra.tasks.posttraining.dpo import encoded, likelihoods, preference_trainer, train_dpo, training_data
+from pyra.tasks.posttraining.dpo import (
+    PreferenceTrainer,
+    encoded,
+    likelihoods,
+    preference_trainer,
+    train_dpo,
+    training_data,
+)
 from pyra.tasks.posttraining.dpo_options import LOSSES, DpoOptions
 from pyra.tasks.posttraining.preferences import KeptPairs
 from pyra.tasks.posttraining.rows import read_rows
@@ -29,6 +37,10 @@ from pyra.tasks.posttraining.sft_options import SftOptions
 from pyra.tasks.posttraining.trainer import checkpointing, own_forward
 
 CPU = torch.device("cpu")
+
+
+class Interruption(BaseException):
+    """Stands for whatever ends a process from outside."""
 
 
 def options(backbone: Path, data: Path, output: Path, **changes: Any) -> DpoOptions:
@@ -190,6 +202,35 @@ def test_another_model_as_reference(llama: Path, bare: Path, pairs: Path, tmp_pa
     with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
         train_dpo(options(llama, pairs, tmp_path / "no", reference=str(pairs)))
     assert not (tmp_path / "no").exists()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    llama: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"save_steps": 2, "beta": 0.3, **MERGING}  # two steps an epoch, six in all
+    train_dpo(options(llama, pairs, tmp_path / "whole", **changes))
+    wanted = options(llama, pairs, tmp_path / "run", **changes)
+    plain = ProgressBar.on_step_end
+
+    def end(self: ProgressBar, args: Any, state: Any, control: Any, **more: Any) -> None:
+        plain(self, args, state, control, **more)
+        if state.global_step == 3:
+            raise Interruption
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr(ProgressBar, "on_step_end", end)
+        train_dpo(wanted)
+    assert not (tmp_path / "run" / "result.json").exists()
+    with pytest.raises(OutputError, match=r"was begun with other options \(--beta\)"):
+        train_dpo(options(llama, pairs, tmp_path / "run", **{**changes, "beta": 0.1, "resume": True}))
+    wanted.resume = True
+    result, _ = train_dpo(wanted)
+    whole, own = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "run"))
+    assert own.read_bytes() == whole.read_bytes()
+    for name in ("losses", "held_out"):
+        assert told(tmp_path / "run")[name] == told(tmp_path / "whole")[name]
+    monkeypatch.setattr(PreferenceTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert train_dpo(wanted) == (result, [])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

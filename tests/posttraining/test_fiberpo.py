@@ -13,7 +13,16 @@ from torch import Tensor
 
 from pyra.errors import ConfigError
 from pyra.tasks.posttraining import FiberLevel, fiberpo_log_gate, fiberpo_regimes
-from pyra.tasks.posttraining.fiberpo import EMPTY, PASSES, ROLLS_BACK, ZEROED, roll_back
+from pyra.tasks.posttraining.fiberpo import (
+    EMPTY,
+    PASSES,
+    ROLLS_BACK,
+    ZEROED,
+    group_problems,
+    group_regimes,
+    prompt_groups,
+    roll_back,
+)
 
 BUDGETS: dict[str, Any] = {"c_plus": 0.15, "c_minus": 0.1, "eps": 0.02}
 
@@ -258,7 +267,59 @@ def test_rows_without_a_token_are_no_members_of_a_group() -> None:
     assert not found[1].any()
 
 
+@pytest.mark.parametrize("members", [[2, 2, 0, 0, 5, 5, 7, 7, 9], [5, 0, 2, 9, 7, 0, 5, 7, 2]])
+def test_regimes_of_groups(members: list[int]) -> None:
+    """A group of its two answers each: within the budget, rolling back, beyond it, and without a token."""
+    drifts = {0: (0.01, 0.02), 2: (0.06, 0.05), 5: (-0.09, -0.09), 7: (0.14, 0.0), 9: (0.1,)}
+    left = {number: list(values) for number, values in drifts.items()}
+    rows = [left[number].pop(0) for number in members]
+    log_ratio = torch.tensor(rows, dtype=torch.float64)[:, None].expand(9, 4)
+    mask = torch.ones(9, 4)
+    mask[members.index(9)] = 0
+    (level,) = levels(members, c_plus=0.05, c_minus=0.04)
+    found = group_regimes(log_ratio, mask, level, c_plus=0.15, c_minus=0.1)
+    assert found.groups.tolist() == [PASSES, ROLLS_BACK, ZEROED, ROLLS_BACK, EMPTY]
+    assert found.clipped.tolist() == [number == 7 for number in members]  # 0.07 beside the mean
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_of_the_same_tokens_are_one_group_wherever_their_padding_is(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kinds = [[5, 6, 7], [5, 6], [6, 7], [7, 6, 5], [0], [0, 0], [5, 6, 7, 0]]  # 0 is what is padded with, too
+    drawn = torch.randint(0, len(kinds), (20,), generator=generator).tolist()
+    width = 8
+    ids, mask = torch.zeros(20, width, dtype=torch.long), torch.zeros(20, width, dtype=torch.long)
+    for row, kind in enumerate(drawn):
+        prompt = kinds[kind]
+        start = int(torch.randint(0, width - len(prompt) + 1, (1,), generator=generator))
+        ids[row] = int(torch.randint(0, 9, (1,), generator=generator))  # what stands in the padding does not matter
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
+    found = prompt_groups(ids, mask)
+    assert found.shape == (20,) and len(found.unique()) == len(set(drawn)) > 3
+    same = torch.tensor(drawn)[:, None] == torch.tensor(drawn)
+    assert torch.equal(found[:, None] == found, same)
+
+
 # what cannot be used
+
+
+@pytest.mark.parametrize(
+    ("budgets", "told"),
+    [
+        ((None, None, None), []),
+        ((0.1, 0.05, 0.01), []),
+        ((None, 0.1, 0.1), ["a, b and c are given together or not at all: a is missing"]),
+        ((0.1, None, None), ["a, b and c are given together or not at all: b and c are missing"]),
+        ((0.1, 0.1, 0.01), ["b must be below a, got 0.1 and 0.1"]),
+        ((0.1, 0.05, 0.0), ["c must be a number above 0, got 0.0"]),
+        ((0.15, 0.05, 0.01), ["a must be below that of an answer, 0.15, got 0.15: no group drifts further than its"]),
+        ((0.14, 0.12, 0.01), ["b must be below that of an answer, 0.1, got 0.12: no group drifts further than its"]),
+    ],
+)
+def test_budgets_of_groups_that_make_no_sense_are_named(budgets: Any, told: list[str]) -> None:
+    found = group_problems(budgets, (0.15, 0.1), ("a", "b", "c"))
+    assert len(found) == len(told) and all(one.startswith(start) for one, start in zip(found, told, strict=True))
 
 
 @pytest.mark.parametrize(

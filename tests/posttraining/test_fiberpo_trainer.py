@@ -20,13 +20,14 @@ from pyra.adapters.methods import peft_config
 from pyra.backbones import wrap
 from pyra.backbones.joyai_checkpoint import load_model
 from pyra.errors import ConfigError
-from pyra.tasks.posttraining import FiberPOConfig, FiberPOTrainer, fiberpo_log_gate
+from pyra.tasks.posttraining import FiberLevel, FiberPOConfig, FiberPOTrainer, fiberpo_log_gate
+from pyra.tasks.posttraining.fiberpo_trainer import trajectory_mean
 
 SHARED = {
     "use_cpu": True,
     "bf16": False,
     "report_to": "none",
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "logging_steps": 1,
     "save_strategy": "no",
     "disable_tqdm": True,
@@ -175,6 +176,73 @@ def test_the_divergence_from_a_reference_is_grpos(words: PreTrainedTokenizerFast
     assert ours._metrics["train"]["kl"][0] == pytest.approx(theirs._metrics["train"]["kl"][0], abs=1e-6) != 0
 
 
+GROUPS: dict[str, Any] = {"group_c_plus": 0.08, "group_c_minus": 0.06, "group_eps": 0.03}
+
+
+def moved_rollouts(trainer: Any) -> tuple[dict[str, Any], Tensor]:
+    """Two prompts with two answers each, of which one pair drifts as a whole; and what their tokens have moved by."""
+    inputs = rollouts()
+    inputs["prompt_ids"][1], inputs["prompt_ids"][3, 2:] = inputs["prompt_ids"][0], inputs["prompt_ids"][2, 2:]
+    inputs["completion_mask"][3, :2] = 1
+    moved = torch.tensor([0.08, 0.1, -0.02, 0.01])[:, None] + 0.01 * torch.linspace(-1, 1, 7)
+    inputs["old_per_token_logps"] = logps_of(trainer, inputs) - moved
+    return inputs, moved
+
+
+def by_hand(trainer: Any, inputs: dict[str, Any], levels: list[FiberLevel]) -> Tensor:
+    """The loss in the trainer's own precision."""
+    mask = inputs["completion_mask"]
+    log_ratio = logps_of(trainer, inputs) - inputs["old_per_token_logps"]
+    gate = fiberpo_log_gate(log_ratio, mask, c_plus=0.15, c_minus=0.1, eps=0.05, levels=levels).exp()
+    return trajectory_mean(-gate * inputs["advantages"][:, None], mask).mean()
+
+
+def test_without_the_level_of_prompts_the_loss_is_that_of_two_levels_to_the_bit(
+    words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trainer = trainer_of(FiberPOTrainer, decoder(), words, tmp_path)
+    inputs, _ = moved_rollouts(trainer)
+    assert loss_and_gradients(trainer, inputs)[0] == float(by_hand(trainer, inputs, []))
+    logged = trainer._metrics["train"]
+    assert "fiberpo/trajectories/passing" in logged and not any("groups" in name for name in logged)
+    assert "fiberpo/trajectories/clipped" not in logged
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_the_level_of_prompts_is_the_gates(words: PreTrainedTokenizerFast, tmp_path: Path, order: list[int]) -> None:
+    trainer = trainer_of(FiberPOTrainer, decoder(), words, tmp_path, **GROUPS)
+    inputs, moved = moved_rollouts(trainer)
+    inputs = {name: value[order] if value.ndim else value for name, value in inputs.items()}
+    members = torch.tensor([4, 4, 1, 1])[order]
+    loss, gradients = loss_and_gradients(trainer, inputs)
+    assert loss == float(by_hand(trainer, inputs, [FiberLevel(members, 0.08, 0.06, 0.03)]))
+    precise = fiberpo_log_gate(
+        moved[order].double(), inputs["completion_mask"], c_plus=0.15, c_minus=0.1, eps=0.05,
+        levels=[FiberLevel(members, 0.08, 0.06, 0.03)],
+    ).exp()  # fmt: skip
+    losses = trajectory_mean(-precise * inputs["advantages"][:, None], inputs["completion_mask"])
+    assert loss == pytest.approx(float(losses.mean()), abs=1e-5)
+    assert abs(loss - float(by_hand(trainer, inputs, []))) > 1e-3
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    shares = [logged[f"fiberpo/groups/{name}"] for name in ("passing", "rolling_back", "zeroed")]
+    assert shares == [0.5, 0.5, 0]
+    assert logged["fiberpo/trajectories/passing"] == 1 and logged["fiberpo/trajectories/clipped"] == 0
+
+
+def test_only_those_answers_of_a_group_count_that_are_in_the_batch(
+    words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trainer = trainer_of(FiberPOTrainer, decoder(), words, tmp_path, **GROUPS)
+    inputs, _ = moved_rollouts(trainer)
+    part = {name: value[[1, 2]] if value.ndim else value for name, value in inputs.items()}
+    levels = [FiberLevel(torch.tensor([0, 1]), 0.08, 0.06, 0.03)]
+    found = loss_and_gradients(trainer, part)[0]
+    assert found == float(by_hand(trainer, part, levels))
+    both = by_hand(trainer, inputs, [FiberLevel(torch.tensor([0, 0, 1, 1]), 0.08, 0.06, 0.03)])
+    assert abs(found - float(both)) > 1e-3
+
+
 def test_several_updates_drift_and_the_first_of_a_rollout_does_not(
     words: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -246,6 +314,9 @@ def test_a_model_that_merges_is_trained_on_its_own_rollouts(words: PreTrainedTok
     [
         ({"c_minus": 0.2}, "c_minus must be below c_plus, got 0.2 and 0.15"),
         ({"fiber_eps": 0.0}, "fiber_eps must be a number above 0"),
+        ({"group_c_plus": 0.1, "group_eps": 0.01}, "given together or not at all: group_c_minus is missing"),
+        ({**GROUPS, "group_c_plus": 0.2}, "group_c_plus must be below that of an answer, 0.15, got 0.2"),
+        ({**GROUPS, "group_eps": -1.0}, "group_eps must be a number above 0, got -1.0"),
         ({"loss_type": "dapo"}, "loss_type='dapo' belongs to another loss"),
         ({"epsilon": 0.1, "importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' belongs"),
         ({"entropy_coef": 0.1}, "entropy_coef=0.1 belongs to another loss"),

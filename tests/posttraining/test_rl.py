@@ -40,6 +40,8 @@ FEW: dict[str, Any] = {
     "device": "cpu",
 }
 
+GROUPS: dict[str, Any] = {"group_c_plus": 0.08, "group_c_minus": 0.06, "group_eps": 0.02}
+
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -66,6 +68,8 @@ def test_a_run_is_trained_scored_and_written(backbone: str, tmp_path: Path, algo
     assert result.value_before is not None and result.settings is not None
     assert result.settings["algorithm"] == algorithm and result.settings["kind"] == "rl"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    generated = read_json(folder / "predictions.json")["generated_tokens"]
+    assert len(generated) == 6 and result.answer_tokens == sum(generated) / 6 and 0 < max(generated) <= 4
     told = read_json(folder / "training.json")
     assert [entry["step"] for entry in told["losses"]] == [1, 2, 3, 4] and told["losses"] == curves
     assert told["held_out"]["accuracy_before"] == result.value_before
@@ -77,6 +81,15 @@ def test_a_run_is_trained_scored_and_written(backbone: str, tmp_path: Path, algo
     subject, stored = load_posttrained(folder)
     assert stored == replace(chosen, backbone=str(Path(backbone).resolve()))
     assert subject.encoder.tokenizer.chat_template
+
+
+def test_a_run_with_budgets_of_prompts(backbone: str, tmp_path: Path) -> None:
+    _, _, curves = train_rl(options(backbone, tmp_path / "run", **GROUPS), {"digits": digits})
+    for place, entry in enumerate(curves):
+        shares = [entry[f"groups_{name}"] for name in ("passing", "rolling_back", "zeroed")]
+        assert sum(shares) == pytest.approx(1) and (shares[0] == 1 or place % 2 == 1)
+        assert 0 <= entry["trajectories_clipped"] <= 1
+    assert load_posttrained(tmp_path / "run")[1].group_eps == 0.02  # type: ignore[attr-defined]
 
 
 def test_data_of_ones_own_is_read_and_held_out(backbone: str, tmp_path: Path) -> None:
@@ -184,6 +197,10 @@ def test_nothing_to_learn_is_told(backbone: str, tmp_path: Path) -> None:
         ({"group": 1}, "--group must be 2 at least"),
         ({"c_minus": 0.5}, "--c-minus must be below --c-plus, got 0.5 and 0.15"),
         ({"fiber_eps": 0.2}, "--fiber-eps must be much smaller"),
+        ({"group_eps": 0.01}, "--group-c-plus and --group-c-minus are missing"),
+        ({**GROUPS, "group_c_minus": 0.09}, "--group-c-minus must be below --group-c-plus, got 0.09 and 0.08"),
+        ({**GROUPS, "c_plus": 0.08, "c_minus": 0.07}, "--group-c-plus must be below that of an answer, 0.08, got 0.08"),
+        ({"algorithm": "grpo", "group_eps": 0.01}, "--group-eps: of fiberpo alone, leave out with --algorithm grpo"),
         ({"clip": 0.1}, "--clip is of grpo and gspo"),
         ({"algorithm": "ppo"}, "--algorithm must be one of fiberpo, grpo, gspo, got 'ppo'"),
         ({"rewards": ("answer", "answer")}, "--rewards must be some of answer, form, length, each once"),
@@ -227,6 +244,14 @@ def test_too_few_questions_and_too_long_ones_are_errors(backbone: str, tmp_path:
     with pytest.raises(ConfigError, match="every prompt is longer than 1 tokens"):
         train_rl(options(backbone, tmp_path / "run", max_length=5))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_two_processes_cannot_share_is_an_error(
+    backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--batch-size 9 cannot be shared by 2 processes: give a multiple of 2"):
+        train_rl(options(backbone, tmp_path / "run", batch_size=9, group=3))
 
 
 def test_the_verb_prints_the_row_and_how_it_went(
