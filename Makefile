@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 EDITABLE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-kernels test-processes test-cluster lint typecheck bench wheel-test clean
+.PHONY: help install demo test test-all test-kernels test-processes test-cluster lint typecheck bench wheel-test clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -18,6 +18,8 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --editable '.[all]'
 	touch $@
+
+install: $(READY) ## the environment in .venv, with everything that pyra can use
 
 demo: $(READY) ## adapt the demo backbone four times, write demo/ (about 5 minutes on 2 cores)
 	$(BIN)/pyra demo --overwrite

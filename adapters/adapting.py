@@ -15,7 +15,7 @@ from pyra.adapters.prompts import VisualPromptsConfig
 from pyra.adapters.restore import unchanged_on_error
 from pyra.adapters.rounded_lora import round_with_adapter
 from pyra.adapters.starts import changes_weights, remember_start
-from pyra.adapters.targets import REACTIVATION, fill_in_targets, trained_modules
+from pyra.adapters.targets import IN_FOUR, REACTIVATION, fill_in_targets, trained_modules
 from pyra.backbones import is_decoder, locate, wrap
 from pyra.config import PyraConfig
 from pyra.errors import ConfigError, PyraError, UnsupportedModelError
@@ -147,6 +147,8 @@ def _refuse_other_blocks(adapted: nn.Module, config: PeftConfig) -> None:
     if not isinstance(config, OFTConfig) or not config.oft_block_size:
         return
     layers = [module for module in adapted.modules() if isinstance(module, OFTLayer)]
+    if any(isinstance(layer, OFTLayer) for name, layer in adapted.named_modules() if name.endswith(f".{IN_FOUR}")):
+        raise ConfigError(f"OFT of peft fails on {IN_FOUR}, whose input has four dimensions: name other targets")
     other = {size for layer in layers for size in layer.oft_block_size.values()} - {config.oft_block_size}
     if other:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, PeftConfig, TrainableTokensConfig
+from peft import IA3Config, LNTuningConfig, OFTConfig, PeftConfig, TrainableTokensConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING as LNTUNING_TARGETS
 from torch import nn
 
@@ -20,6 +20,8 @@ from pyra.errors import ConfigError, UnsupportedModelError
 _QUERIES_KEYS_VALUES = ("qkv", "q_proj", "k_proj", "v_proj")
 # Multi-head latent attention, which PEFT has no choice for; the routed experts are no linear layers.
 _LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+IN_FOUR = "kv_b_proj"
+"""Of these the one whose input is [B, 1, N, C]."""
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -47,7 +49,10 @@ def fill_in_targets(config: PeftConfig, model: nn.Module) -> None:
         if isinstance(config, LNTuningConfig) and _kind(model) not in LNTUNING_TARGETS:  # BERT and its kin
             config.target_modules = norm_targets(model, model) or None
         elif not isinstance(config, ExpertLoraConfig) and (names := latent_targets(model)):
-            config.target_modules = names
+            # OFT of peft takes the four dimensions of its input for those of images.
+            config.target_modules = (
+                [name for name in names if name != IN_FOUR] if isinstance(config, OFTConfig) else names
+            )
             if isinstance(config, IA3Config) and config.feedforward_modules is None:
                 config.feedforward_modules = []
         return
@@ -92,9 +97,13 @@ def norm_targets(model: nn.Module, core: nn.Module) -> str:
     found = {
         re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
         for name, module in model.named_modules()
-        if isinstance(module, _NORMS) and id(module) in inside and f".{REACTIVATION}." not in f".{name}"
+        if _is_norm(module) and id(module) in inside and f".{REACTIVATION}." not in f".{name}"
     }
     return "|".join(sorted(found))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or type(module).__name__.endswith("RMSNorm")  # each model of transformers has its
 
 
 def trained_modules(model: nn.Module) -> list[str]:

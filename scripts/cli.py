@@ -274,6 +274,7 @@ def _build(
     for field in fields:
         text = _help(field)
         metavar = field.metavar or ("{" + ",".join(map(str, field.choices)) + "}" if field.choices else None)
+        metavar = f"{metavar}[,...]" if metavar and field.container and not field.repeated else metavar
         if field.name == positional:
             several = "*" if field.repeated else "?"
             parser.add_argument(field.name, nargs=several, metavar=metavar or field.name.upper(), help=text)

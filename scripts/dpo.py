@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in notes:
             print(note)
         print(
-            f"{result.num_test} pairs scored; trained on {result.train_tokens or 0:,} tokens of answers in "
-            f"{result.train_seconds or 0:.0f} s; saved to {options.output}"
+            f"trained in {result.train_seconds or 0:.0f} s, on a set of {result.train_tokens or 0:,} tokens of answers"
+            f"; saved to {options.output}"
         )
         return 0
     finally:

@@ -65,7 +65,7 @@ def _course(algorithm: str, result: RunResult, summary: Mapping[str, float]) -> 
 
     row = {"algorithm": algorithm}
     if result.value_before is not None:
-        row |= {"accuracy before": f"{100 * result.value_before:.1f}", "after": f"{100 * result.value:.1f}"}
+        row |= {"right before": f"{100 * result.value_before:.1f} %", "right after": f"{100 * result.value:.1f} %"}
     for name in ("reward", "length", "entropy"):
         if f"first_{name}" in summary:
             row[name] = f"{summary[f'first_{name}']:.2f} to {summary[f'last_{name}']:.2f}"

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in notes:
             print(note)
         print(
-            f"trained on {result.train_tokens or 0:,} tokens of answers in {result.train_seconds or 0:.0f} s; "
-            f"saved to {options.output}"
+            f"trained in {result.train_seconds or 0:.0f} s, on a set of {result.train_tokens or 0:,} tokens of answers"
+            f"; saved to {options.output}"
         )
         return 0
     finally:

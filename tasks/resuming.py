@@ -30,7 +30,7 @@ class Begin:
         output: its folder.
         options: all of them, as they are stored.
         name: of the task.
-        data: record of the task's data, as it is stored; None where nothing is gone on with.
+        data: record of the task's data, as it is stored; None where nothing is compared with it.
         resume: go on with an interrupted one.
         overwrite: replace a finished one.
     """
@@ -84,7 +84,7 @@ def _is_finished(begin: Begin, kind: Kind, file: str) -> bool:
         put_right(folder, kind)
     if not (folder / file).is_file() or _differing(folder, begin.options) != []:
         return False
-    if begin.data is not None and _read(folder / DATA) != begin.data:
+    if _of_other_data(folder, begin):
         raise DataError(f"{folder} was made from other data of {begin.name}: give another --output, or --overwrite")
     return True
 
@@ -138,7 +138,7 @@ def interrupted(begin: Begin, kind: Kind = "run") -> Path | None:
     differing = {entry: _differing(entry, begin.options) for entry in found}
     fitting = [entry for entry, names in differing.items() if names == []]
     if fitting:
-        if _read(fitting[0] / DATA) != begin.data:
+        if _of_other_data(fitting[0], begin):
             raise DataError(f"{fitting[0]} was begun on other data of {begin.name}: start again, without --resume")
         return fitting[0]
     readable = {entry: names for entry, names in differing.items() if names is not None}
@@ -149,6 +149,14 @@ def interrupted(begin: Begin, kind: Kind = "run") -> Path | None:
             f"{entry} was begun with other options ({flags}): give the same, or start again without --resume"
         )
     return None
+
+
+def _of_other_data(folder: Path, begin: Begin) -> bool:
+    """Whether what a folder says of its data contradicts the record; it may say more."""
+    if begin.data is None:
+        return False
+    stored = _read(folder / DATA)
+    return not isinstance(stored, dict) or any(stored.get(name) != value for name, value in begin.data.items())
 
 
 def _differing(folder: Path, own: dict[str, Any]) -> list[str] | None:

@@ -34,6 +34,7 @@ _WORD = 8  # values of 4 bits in a word of 32
 _AT_ONCE = 1 << 24  # values that are rounded together: the memory beside the result
 _EXACT = {torch.float32: 1e-4, torch.float64: 1e-4}  # steps off the grid that are rounding errors of a type
 _NEAR = 0.05
+_GROUPS = (64, 32, 16, 8)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -217,13 +218,20 @@ def refuse_unfit(model: nn.Module, config: QuantisingConfig) -> None:
             if stack.shape[-1] % config.group_size:
                 raise ConfigError(
                     f"{name}.experts: groups of {config.group_size} do not divide {stack.shape[-1]} inputs; take a "
-                    f"group_size that does, such as {_dividing(stack.shape[-1], config.group_size)}"
+                    f"group_size that divides all, such as {fitting_group(model)}"
                 )
         if not experts.gate_up_proj.is_meta and was_rounded(experts.gate_up_proj[0], config):
             raise ConfigError(
                 f"{name}.experts holds weights that were rounded to {config.bits} bits already, and rounding them "
                 "again moves them: open the float checkpoint that they were made from"
             )
+
+
+def fitting_group(model: nn.Module) -> int:
+    """Return the largest of 64, 32, 16 and 8 that divides the inputs of all routed experts; 64 where none does."""
+    experts = [_inner(layer.experts) for layer in expert_layers(model, through_adapters=True).values()]
+    widths = {getattr(one, stack).shape[-1] for one in experts for stack in STACKS}
+    return next((size for size in _GROUPS if not any(width % size for width in widths)), _GROUPS[0])
 
 
 def was_rounded(weight: Tensor, config: QuantisingConfig) -> bool:
@@ -236,11 +244,6 @@ def was_rounded(weight: Tensor, config: QuantisingConfig) -> bool:
         ratio = groups * (steps / largest.clamp(min=torch.finfo(torch.float32).tiny))
         fitting |= ((ratio - ratio.round()).abs() < within).all(dim=-1, keepdim=True)
     return bool(largest.any()) and bool(fitting.all())
-
-
-def _dividing(width: int, group: int) -> int:
-    """Return the largest group of at most ``group`` that divides a width, or the width."""
-    return next((size for size in range(group - group % _WORD, 0, -_WORD) if width % size == 0), width)
 
 
 def _inner(experts: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.experts.layers import expert_layers
-from pyra.experts.quantising import STACKS, QuantisingConfig, refuse_unfit, rounded, was_rounded
+from pyra.experts.quantising import STACKS, QuantisingConfig, fitting_group, refuse_unfit, rounded, was_rounded
 from pyra.export.engine_config import family_of
 from pyra.export.engine_names import DEEPSEEK
 from pyra.export.linear_training import GROUP, LINEAR, linear_layers
@@ -29,8 +29,6 @@ BESIDE_EXPERTS = (
     "re:.*eh_proj$",
 )
 """Every linear layer but those of routed experts, as ``quantization_config`` names them."""
-
-_GROUPS = (64, 32, 16, 8)  # inputs of an expert that share a scale, the first that divides all widths
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ def rounded_weights(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 
 
 def _of_experts(model: nn.Module, group: int | None) -> Rounding:
-    widths = [layer.experts.down_proj.shape[1:] for layer in expert_layers(model).values()]
-    fitting = (size for size in _GROUPS if not any(side % size for sides in widths for side in sides))
-    config = QuantisingConfig(group_size=group or next(fitting, _GROUPS[0]))
+    config = QuantisingConfig(group_size=fitting_group(model) if group is None else group)
     refuse_unfit(model, config)
     return rounded_experts(model, config)
 

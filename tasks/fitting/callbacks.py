@@ -159,6 +159,8 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Advance by one step."""
         self.bar.update(1)
+        if time.monotonic() - self.told > BETWEEN_LINES:
+            self._tell(state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -185,9 +187,10 @@ class ProgressBar(TrainerCallback):
     def _tell(self, state: TrainerState) -> None:
         if not self.bar.disable or not processes.is_main() or self.step == state.global_step:
             return
-        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), math.nan)
+        loss, reward = (_newest(state, name) for name in ("loss", "reward"))
         where = f"step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.1f}"
-        print(f"{self.description}: {where}, loss {loss:.3f}", file=sys.stderr, flush=True)
+        how = f"loss {loss:.3f}" if math.isnan(reward) else f"reward {reward:.3f}"
+        print(f"{self.description}: {where}, {how}", file=sys.stderr, flush=True)
         self.told, self.step = time.monotonic(), state.global_step
 
 
@@ -201,3 +204,8 @@ def evaluating(stack: ExitStack, model: nn.Module) -> None:
 
     stack.callback(back)
     model.eval()
+
+
+def _newest(state: TrainerState, name: str) -> float:
+    """Return what was logged last under a name; NaN where nothing was."""
+    return float(next((entry[name] for entry in reversed(state.log_history) if name in entry), math.nan))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,10 @@ def where_to_go_on(folder: Path) -> tuple[Path, Path | None]:
     """Return the folder of a run's checkpoints, and its newest complete one; what is half written is removed."""
     saved = folder / checkpoints.FOLDER
     processes.on_main(lambda: checkpoints.drop_incomplete(saved))
-    return saved, checkpoints.newest(saved)
+    newest = checkpoints.newest(saved)
+    if newest is not None and processes.is_main():
+        print(f"goes on from step {newest.name.rpartition('-')[2]}", file=sys.stderr)
+    return saved, newest
 
 
 def training_arguments(options: LoopOptions, folder: Path, device: torch.device, examples: int) -> TrainingArguments:

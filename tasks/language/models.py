@@ -164,6 +164,7 @@ def _load(auto: Any, backbone: str, config: Any, **options: Any) -> tuple[nn.Mod
         raise CheckpointError(
             f"the weights of {backbone} cannot be read ({_one_line(error)}); they must be safetensors files"
         ) from None
+    _refuse_nan(model, backbone)
     other = (key[0] if isinstance(key, tuple) else key for key in told["mismatched_keys"])
     return model.eval(), sorted({*told["missing_keys"], *other})
 
@@ -271,6 +272,13 @@ def _is_causal(model: nn.Module) -> bool:
     with torch.inference_mode():
         first, second = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, :3]
     return bool(torch.allclose(first, second, atol=1e-4, rtol=1e-3))
+
+
+def _refuse_nan(model: nn.Module, backbone: str) -> None:
+    """Raise :class:`CheckpointError` for weights that are NaN or infinite, which no comparison of outputs explains."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise CheckpointError(f"{backbone}: {name} holds NaN or infinite values; get the file of weights anew")
 
 
 def _known(auto: Any, config: Any) -> bool:

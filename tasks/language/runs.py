@@ -17,8 +17,9 @@ from pyra.adapters import adapt, fold_adapter, load_adapter
 from pyra.adapters.methods import refuse_rank, rounding_problem
 from pyra.adapters.targets import trained_modules
 from pyra.errors import CheckpointError, ConfigError, DataError
-from pyra.experts import fake_quantise
+from pyra.experts import QuantisingConfig, fake_quantise
 from pyra.experts.layers import has_experts
+from pyra.experts.quantising import fitting_group
 from pyra.export.linear_training import fake_quantise_linear
 from pyra.files import read_json, write_json
 from pyra.records import record_problems
@@ -112,7 +113,7 @@ def train_as_rounded(model: nn.Module, options: AdaptationOptions) -> None:
         UnsupportedModelError: for a model that has neither.
     """
     if has_experts(model):
-        fake_quantise(model)
+        fake_quantise(model, QuantisingConfig(group_size=fitting_group(model)))
         return
     if unfit := rounding_problem(options.trained, options.dropout):
         raise ConfigError(f"{options.backbone} has no routed experts, and --qat {options.qat} of linear layers {unfit}")
@@ -152,20 +153,21 @@ def save_begin(folder: Path, begin: Begin) -> None:
     write_json(folder / OPTIONS, begin.options)
 
 
-def begin_run(options: LanguageOptions, task: TextTask | None = None, left_out: int = 0) -> Begin:
+def begin_run(options: LanguageOptions, task: TextTask | None = None, left_out: int | None = None) -> Begin:
     """Return what a run is begun with, as it is stored: a run is read from any folder, so paths are absolute.
 
     Args:
         options: it is made with.
         task: it is made for.
-        left_out: training examples that are too long.
+        left_out: training examples that are too long; None where that is not known.
     """
     values = asdict(options)
     for name in ("backbone", "task", "root", "data"):
         path = Path(values[name]).expanduser() if values[name] else None
         if path is not None and path.exists() and (name != "task" or path.is_file()):
             values[name] = str(path.resolve())
-    data = None if task is None else {**_record(task), "left_out": left_out}
+    more = {} if left_out is None else {"left_out": left_out}
+    data = None if task is None else {**_record(task), **more}
     name = "" if task is None else task.name
     return Begin(options.output, {"kind": KIND, **values}, name, data, options.resume, options.overwrite)
 

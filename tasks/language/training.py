@@ -83,7 +83,7 @@ def train_language(options: LanguageOptions) -> tuple[RunResult, list[str]]:
     refuse_output_in_data(options)
     task = load_text_task(options.task, options.root, options.data)
     if options.resume:
-        earlier = processes.on_main(lambda: finished_as(begin_run(options)))
+        earlier = processes.on_main(lambda: finished_as(begin_run(options, task)))
         if earlier is not None:
             return earlier, []
     subject = new_subject(options, task)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from pyra.errors import ConfigError
 from pyra.tasks.fitting.fit import Fitted
-from pyra.tasks.language.models import load_decoder, load_tokenizer
+from pyra.tasks.language.models import load_decoder, load_tokenizer, read_config
 from pyra.tasks.language.runs import Subject
 from pyra.tasks.language.thinking import thinking_switch
 from pyra.tasks.language.tokens import Encoder
@@ -69,7 +70,7 @@ def train_dpo(options: DpoOptions) -> tuple[RunResult, list[str]]:
     refuse_output_in_data(options)
     options = continued(options)
     rows = read_rows(options.data, options.held_out, options.limit)
-    if (earlier := finished_run(options)) is not None:
+    if (earlier := finished_run(options, rows)) is not None:
         return earlier, []
     start = new_start(options)
     subject = start.subject
@@ -77,8 +78,10 @@ def train_dpo(options: DpoOptions) -> tuple[RunResult, list[str]]:
     if options.reference is not None:
         refuse_other_words(options.reference, subject.encoder)
     left_out = train.left_out + test.left_out
-    result = carry_out(options, rows, subject, device, left_out, _Preferring(options, subject, train, test, device))
-    return result, [*start.notes, *told_of_rows(rows, left_out, subject.max_length), *unread_keys(rows, KEYS)]
+    work = _Preferring(options, subject, train, test, device)
+    result = carry_out(options, rows, subject, device, left_out, work)
+    of_data = [*told_of_rows(rows, left_out, subject.max_length), *unread_keys(rows, KEYS)]
+    return result, [*start.notes, *work.notes, *of_data]
 
 
 def encoded(rows: Sequence[Row], subject: Subject) -> KeptPairs:
@@ -95,6 +98,7 @@ class _Preferring:
     ) -> None:
         self.options, self.subject, self.train, self.test, self.device = options, subject, train, test, device
         self.reference: Likelihoods = []
+        self.notes: list[str] = []
 
     def fit(self, model: nn.Module, folder: Path) -> Fitted:
         """Ask the reference, and train."""
@@ -126,6 +130,11 @@ class _Preferring:
             "reward_rejected": sum(rejected for _, rejected in rewards) / len(right),
         }
         told["margin"] = told["reward_chosen"] - told["reward_rejected"]
+        error = 100 * math.sqrt(value * (1 - value) / len(right))
+        self.notes = [
+            f"held-out pairs: {sum(right)} of {len(right)} preferred (standard error {error:.1f} points); the chosen "
+            f"answer's reward is {told['margin']:+.4f} above the rejected one's (both are 0 before the training)"
+        ]
         columns = {
             "num_test": len(right),
             "train_tokens": sum(len(row.ids) - row.start for row in self.train.answers),
@@ -148,12 +157,22 @@ def refuse_other_words(reference: str, encoder: Encoder) -> None:
     """Raise :class:`ConfigError` where a reference has another vocabulary: its likelihoods would be of other tokens."""
     is_run = run_kind(Path(reference).expanduser()) is not None
     backbone = read_posttraining_options(reference).backbone if is_run else reference
+    try:
+        words = read_config(backbone).vocab_size
+    except ConfigError as error:
+        where = f"--reference {reference}" + (f" was made of {backbone}" if is_run else "")
+        raise ConfigError(f"{where}: {str(error).removeprefix(f'--backbone {backbone!r}').lstrip(': ')}") from None
     other, own = load_tokenizer(backbone).get_vocab(), encoder.tokenizer.get_vocab()
     if other != own:
         differing = next(word for word in {**own, **other} if own.get(word) != other.get(word))
         raise ConfigError(
             f"--reference {reference} has another vocabulary ({len(other)} tokens, the backbone {len(own)}; such "
             f"as {differing!r}): give a model with the same tokenizer"
+        )
+    if max(own.values()) >= words:
+        raise ConfigError(
+            f"--reference {reference} has weights of {words} tokens, and its tokenizer tokens up to "
+            f"{max(own.values())}: give a model with the same vocabulary"
         )
 
 

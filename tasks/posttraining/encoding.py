@@ -81,11 +81,21 @@ def encode_turn(messages: Sequence[Message], values: Mapping[str, Any], encoder:
     # What was thought may be written by the prompt already: the text may begin before the prompt ends.
     found = whole.find(said, max(0, shared - len(said)))
     answer = whole[len(prompt) :] if shared == len(prompt) else whole[found:] if found >= 0 else ""
-    if not answer.strip():
+    rest = _behind(whole[max(0, shared - len(said)) :], said)
+    if not answer.strip() or rest is None:
         raise ValueError("the chat template leaves out what the assistant says, or writes it in other words")
     row = encoder.going_on(prompt, answer)
-    ended = found < 0 or whole[found + len(said) :].strip()
+    ended = whole[found + len(said) :].strip() if found >= 0 else rest
     return row if ended else Answered([*row.ids, *encoder.end], row.start)
+
+
+def _behind(text: str, said: str) -> str | None:
+    """Return what follows the last line of what is said, spaces aside; None where a text does not hold that line.
+
+    Thoughts before it may be written otherwise.
+    """
+    _, line, rest = "".join(text.split()).rpartition("".join(said.splitlines()[-1].split()))
+    return rest if line else None
 
 
 def labelled(row: Answered) -> dict[str, list[int]]:

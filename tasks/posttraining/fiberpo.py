@@ -138,7 +138,7 @@ def roll_back(drift: Tensor, budget: float, count: Tensor) -> Tensor:
         count: T, at least 1, of the same shape.
     """
     count = count.to(drift.dtype)  # a whole number times a float would be rounded to float32
-    falling = (count + 1) * budget - count * drift
+    falling = budget - count * (drift - budget)  # (T + 1) C - T drift, without the difference of two large numbers
     return torch.where(drift <= budget, drift, torch.where(drift < (1 + 1 / count) * budget, falling, 0.0))
 
 
@@ -257,6 +257,7 @@ def _parts(log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return real, rising, rising - moved  # a second clamp would have a derivative of its own at 0
 
 
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Wider = list[tuple[Tensor, float, float]]
 
 
@@ -264,10 +265,15 @@ def _one_sign(parts: Tensor, real: Tensor, budget: float, eps: float, levels: _W
     """Gate the parts [B, T] of one sign."""
     count = real.sum(1)
     divisor = count.clamp(min=1)
-    drift = parts.sum(1) / divisor
-    residual = (parts - drift[:, None]).clamp(-eps, eps)
+    drift = parts.sum(1, dtype=_wide(parts)) / divisor  # of a long answer the slope of the roll-back is steep
+    residual = (parts - drift.to(parts.dtype)[:, None]).clamp(-eps, eps)
     gated = _gated_groups(roll_back(drift, budget, divisor), count > 0, levels)
-    return gated[:, None] + residual
+    return gated.to(parts.dtype)[:, None] + residual
+
+
+def _wide(parts: Tensor) -> torch.dtype:
+    """Return float64, where the device has it."""
+    return parts.dtype if parts.device.type == "mps" else torch.float64
 
 
 def _gated_groups(values: Tensor, present: Tensor, levels: _Wider) -> Tensor:
@@ -292,7 +298,7 @@ def _group_means(values: Tensor, present: Tensor, members: Tensor) -> tuple[Tens
 
 def _tensor_problems(log_ratio: Tensor, mask: Tensor) -> list[str]:
     problems = []
-    if log_ratio.ndim != 2 or not log_ratio.is_floating_point():
+    if log_ratio.ndim != 2 or log_ratio.dtype not in _TYPES:
         problems.append(f"log_ratio must be floating-point [B, T], got {log_ratio.dtype} {list(log_ratio.shape)}")
     if mask.shape != log_ratio.shape:
         problems.append(f"mask must have the shape of log_ratio, {list(log_ratio.shape)}, got {list(mask.shape)}")
@@ -304,9 +310,11 @@ def _level_problems(place: int, levels: Sequence[FiberLevel], mask: Tensor) -> l
     names = [f"level {place}: {name}" for name in ("c_plus", "c_minus", "eps")]
     problems = budget_problems(level.c_plus, level.c_minus, level.eps, names)
     members = level.members
-    if members.shape != mask.shape[:1] or members.is_floating_point():
+    if not isinstance(members, Tensor) or members.is_floating_point() or members.is_complex():
+        return [*problems, f"level {place}: members must be a tensor of whole numbers [B]"]
+    if members.shape != mask.shape[:1]:
         return [*problems, f"level {place}: members must be whole numbers [B], got {list(members.shape)}"]
-    if place and levels[place - 1].members.shape == members.shape:
+    if place and getattr(levels[place - 1].members, "shape", None) == members.shape:
         narrow = levels[place - 1].members
         pairs = torch.stack((narrow, members)).unique(dim=1)
         if pairs.shape[1] > len(narrow.unique()):

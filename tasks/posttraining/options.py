@@ -40,6 +40,7 @@ class PostTrainingOptions(AdaptationOptions, _ChatOptions):
     """
 
     kind: ClassVar[str] = ""
+    reads: ClassVar[str] = "a .jsonl file, a folder with train.jsonl or owner/name on the hub"
 
     dropout: float = option(0.0, "dropout in the adapter")
     steps: int | None = option(None, "optimiser steps, instead of --epochs")
@@ -54,7 +55,7 @@ class PostTrainingOptions(AdaptationOptions, _ChatOptions):
     def _problems(self) -> list[str]:
         problems = super()._problems()
         if not self._has_data():
-            problems.append("--data is missing: give a .jsonl file, a folder with train.jsonl or owner/name on the hub")
+            problems.append(f"--data is missing: give {self.reads}")
         problems += bound_problems(self, ABOVE_0, ("steps", "max_length"))
         if not 0 < self.held_out < 1:
             problems.append(f"--held-out must be in (0, 1), got {self.held_out}")

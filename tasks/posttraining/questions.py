@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from pyra.errors import ConfigError, DataError
+from pyra.errors import ConfigError
 from pyra.tasks.fitting import processes
 from pyra.tasks.language.models import precision
 from pyra.tasks.language.runs import Subject
 from pyra.tasks.language.scoring import Said, generate
 from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.posttraining.arithmetic import Problem, arithmetic_problems
+from pyra.tasks.posttraining.chat import COMMON, as_messages, each, needed
 from pyra.tasks.posttraining.rewards import same_answers
 from pyra.tasks.posttraining.rl_options import RlOptions
 from pyra.tasks.posttraining.rows import Row, Rows, read_rows
@@ -64,13 +65,16 @@ def encode_questions(rows: Sequence[Row], encoder: Encoder, room: int) -> list[Q
     A row has ``prompt`` (text, or messages that end with the user's) and ``answer`` (a text or a number).
 
     Raises:
-        DataError: naming the first row that is none.
+        DataError: naming the first rows that are none.
         ConfigError: where all prompts are longer.
     """
-    found = [_question(row, encoder) for row in rows]
+    found = each(rows, lambda row: _question(row, encoder))
     kept = [question for question in found if len(question.ids) <= room]
     if not kept:
-        raise ConfigError(f"every prompt is longer than {room} tokens (--max-length less --max-new-tokens): raise it")
+        raise ConfigError(
+            f"every prompt is longer than {room} tokens, which --max-length less --max-new-tokens leaves: raise the "
+            "one, where the backbone reads more, or lower the other"
+        )
     return kept
 
 
@@ -85,25 +89,20 @@ def refuse_few(questions: Sequence[Question], options: RlOptions) -> None:
 
 
 def _question(row: Row, encoder: Encoder) -> Question:
-    prompt, answer = row.values.get("prompt"), row.values.get("answer")
-    if isinstance(prompt, str) and prompt.strip():
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt or not all(_is_turn(turn) for turn in prompt):
-        raise DataError(f"{row.source}: 'prompt' must be text, or messages with role and content; see pyra rl --help")
+    """Return the question of a row; raises ``ValueError`` in words where it is none."""
+    if given := [key for key in COMMON if row.values.get(key) is not None]:
+        raise ValueError(f"{given[0]} of a row is not read here: say it for all, with --{given[0].replace('_', '-')}")
+    asked, answer = needed(row.values, KEYS)
+    prompt = [{name: turn[name] for name in ("role", "content")} for turn in as_messages(asked, "prompt", "user")]
     if prompt[-1]["role"] == "assistant":
-        raise DataError(f"{row.source}: the prompt ends with the assistant's turn, which is to be answered")
+        raise ValueError("the prompt ends with the assistant's turn, which is to be answered")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        raise DataError(f"{row.source}: 'answer' must be the right answer, a text or a number; found {answer!r}")
-    try:
-        text = encoder.chat_text(prompt, asks=True)
-    except ValueError as error:
-        raise DataError(f"{row.source}: the chat template fails ({error})") from None
+        raise ValueError(f"answer must be the right answer, a text or a number; found {answer!r}")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ValueError(f"answer is {answer}, which nothing is equal to")
+    text = encoder.chat_text(prompt, asks=True)
     ids = encoder.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return Question(tuple(prompt), str(answer), list(ids))
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import subprocess
 import sys
@@ -28,6 +27,8 @@ SECONDS = 2
 _MARK = "####"
 _NUMBER = re.compile(r"[-−]?\$?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 _TAIL = 2000  # letters at the end of a completion that are read: an answer comes last
+_ENDS = (Exception, SystemExit)  # what a function may raise, without anybody having asked for the run to end
+_LARGEST = 3.4e38  # of float32, in which rewards are added up
 _START = 60  # seconds that another process may take to begin
 
 
@@ -67,7 +68,7 @@ class Guarded:
     """A reward function whose mistakes are marked, counted and said once, and never end a run.
 
     Where a call raises, samples are given to the function one by one, so that only those it fails on are marked. A
-    sample is also marked where its reward is NaN, infinite or no number. Marked samples have no reward of this
+    sample is also marked where its reward is no number, NaN, or beyond float32. Marked samples have no reward of this
     function: they count neither for the mean of their group nor, without another reward, for the update.
 
     Args:
@@ -93,7 +94,7 @@ class Guarded:
         given = {"prompts": prompts, "completions": completions, **columns}
         try:
             found = self._called(given, len(completions))
-        except Exception:
+        except _ENDS:
             found = [self._alone(given, place) for place in range(len(completions))]
         values = [self._checked(value) for value in found]
         failed = sum(isinstance(value, _Failed) for value in values)
@@ -116,17 +117,17 @@ class Guarded:
         }
         try:
             return self._called(one, 1)[0]
-        except Exception as error:
-            return self._mark(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        except _ENDS as error:
+            return self._mark(f"raised {type(error).__name__}: {_shown(error, str)}")
 
     def _checked(self, value: Any) -> float | _Failed | None:
         if value is None or isinstance(value, _Failed):
             return value
         try:
             number = float(value)
-        except (TypeError, ValueError):
-            return self._mark(f"returned {value!r}, which is no number")
-        return number if math.isfinite(number) else self._mark(f"returned {number}")
+        except _ENDS:
+            return self._mark(f"returned {_shown(value, repr)}, which is no number")
+        return number if abs(number) <= _LARGEST else self._mark(f"returned {number}")  # False for NaN
 
     def _mark(self, what: str) -> _Failed:
         if self.tell is not None and not self.failed and not getattr(self, "_told", False):
@@ -136,6 +137,14 @@ class Guarded:
                 f"under rewards/{self.__name__}/failed"
             )
         return _Failed()
+
+
+def _shown(value: object, how: Callable[[Any], str]) -> str:
+    """Return a value in one line, whatever its own methods do."""
+    try:
+        return " ".join(how(value).split())[:200]
+    except _ENDS:
+        return f"an object of {type(value).__name__}"
 
 
 class _Failed:

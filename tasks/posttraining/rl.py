@@ -13,18 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyra.errors import ConfigError
 from pyra.tasks.fitting import processes
 from pyra.tasks.fitting.fit import Fitted
 from pyra.tasks.language.runs import Subject
 from pyra.tasks.language.tokens import Answered
-from pyra.tasks.posttraining.questions import Question, answer_questions, encode_questions, question_rows, refuse_few
+from pyra.tasks.posttraining.questions import (
+    KEYS,
+    Question,
+    answer_questions,
+    encode_questions,
+    question_rows,
+    refuse_few,
+)
 from pyra.tasks.posttraining.rewards import Guarded, answer_reward, form_reward, length_reward
 from pyra.tasks.posttraining.rl_options import RlOptions
 from pyra.tasks.posttraining.rl_trainer import CURVES, REFERENCE, Entry, curves_of, rollout_trainer
 from pyra.tasks.posttraining.runs import continued, new_start
 from pyra.tasks.posttraining.scoring import cost_columns
 from pyra.tasks.posttraining.trainer import PostTrainer, fit_with
-from pyra.tasks.posttraining.working import Score, carry_out, finished_run, told_of_rows
+from pyra.tasks.posttraining.working import Score, carry_out, finished_run, told_of_rows, unread_keys
 from pyra.tasks.reports.curves import Panel, draw_curves
 from pyra.tasks.results import RunResult
 from pyra.tasks.training import ready, refuse_output_in_data
@@ -63,10 +71,15 @@ def train_rl(
         refuse_output_in_data(options)
     options = continued(options)
     rows = question_rows(options)
-    if (earlier := finished_run(options)) is not None:
+    if (earlier := finished_run(options, rows)) is not None:
         return earlier, [], []
     start = new_start(options)
     room = start.subject.max_length - options.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"--max-new-tokens {options.max_new_tokens} leaves no room for prompts in the {start.subject.max_length} "
+            "tokens of --max-length, or that the backbone reads: lower it"
+        )
     train, test = (encode_questions(part, start.subject.encoder, room) for part in (rows.train, rows.test))
     refuse_few(train, options)
     left_out = len(rows.train) + len(rows.test) - len(train) - len(test)
@@ -79,7 +92,13 @@ def train_rl(
         for name, failed, samples in _marked(guarded)
         if failed
     ]
+    notes += unread_keys(rows, KEYS) if options.task is None else []
     alike = [one["groups_alike"] for one in work.curves if "groups_alike" in one]
+    flat = sum(share == 1 for share in alike)
+    if 2 * flat > len(alike) > flat:
+        notes.append(
+            f"in {flat} of {len(alike)} rollouts all answers to a prompt were rewarded alike: they taught nothing"
+        )
     if alike and min(alike) == 1:
         notes.append(
             "nothing was learnt: answers to one prompt were never rewarded differently; try easier problems, a reward "

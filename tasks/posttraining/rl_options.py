@@ -34,6 +34,7 @@ class RlOptions(PostTrainingOptions):
     """One run on rewards that can be verified."""
 
     kind: ClassVar[str] = "rl"
+    reads: ClassVar[str] = f"{PostTrainingOptions.reads}, or --task {TASKS[0]}"
 
     task: str | None = option(None, "problems that are made up, instead of --data", choices=TASKS, metavar="NAME")
     algorithm: str = option("fiberpo", "what an update maximises: see above", choices=tuple(ALGORITHMS))

@@ -112,6 +112,11 @@ def _row(line: str, where: str) -> Row:
         raise DataError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected an object, found a {type(values).__name__}")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        lone = ascii(error.object[error.start])
+        raise DataError(f"{where}: {lone} is half of a character: write the other half, too") from None
     return Row(values, where)
 
 

@@ -139,7 +139,7 @@ def run_kind(folder: str | Path) -> str | None:
     except (OSError, ValueError):
         return None
     kind = values.get("kind") if isinstance(values, dict) else None
-    return kind if kind in _KINDS else None
+    return kind if isinstance(kind, str) and kind in _KINDS else None
 
 
 def read_posttraining_options(folder: str | Path) -> PostTrainingOptions:
@@ -187,7 +187,7 @@ def load_posttrained(folder: str | Path) -> tuple[Subject, PostTrainingOptions]:
         tokenizer.chat_template = (folder / TEMPLATE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{folder / TEMPLATE} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    encoder = encoder_of(tokenizer, options)
+    encoder = encoder_of(tokenizer, options, f"{folder / TEMPLATE}: the run's chat template")
     config = read_config(options.backbone)
     length = longest(options.backbone, config, tokenizer, options.max_length, LONGEST)
     model = load_adapter(_decoder(options), folder / ADAPTER)

@@ -58,7 +58,7 @@ def train_sft(options: SftOptions) -> tuple[RunResult, list[str]]:
     refuse_output_in_data(options)
     options = continued(options)
     rows = read_rows(options.data, options.held_out, options.limit)
-    if (earlier := finished_run(options)) is not None:
+    if (earlier := finished_run(options, rows)) is not None:
         return earlier, []
     start = new_start(options)
     subject = start.subject
@@ -66,8 +66,10 @@ def train_sft(options: SftOptions) -> tuple[RunResult, list[str]]:
     if options.packing:
         refuse_packing(subject.model)
     left_out = train.left_out + test.left_out
-    result = carry_out(options, rows, subject, device, left_out, _Supervised(options, subject, train, test, device))
-    return result, [*start.notes, *told_of_rows(rows, left_out, subject.max_length), *unread_keys(rows, KEYS)]
+    work = _Supervised(options, subject, train, test, device)
+    result = carry_out(options, rows, subject, device, left_out, work)
+    of_data = [*told_of_rows(rows, left_out, subject.max_length), *unread_keys(rows, KEYS)]
+    return result, [*start.notes, *work.notes, *of_data]
 
 
 def encoded(rows: Sequence[Row], subject: Subject, options: SftOptions) -> Kept:
@@ -82,6 +84,7 @@ class _Supervised:
     def __init__(self, options: SftOptions, subject: Subject, train: Kept, test: Kept, device: torch.device) -> None:
         self.options, self.subject, self.train, self.test, self.device = options, subject, train, test, device
         self.before: AnswerLoss | None = None
+        self.notes: list[str] = []
 
     def fit(self, model: nn.Module, folder: Path) -> Fitted:
         """Train."""
@@ -96,6 +99,10 @@ class _Supervised:
         if self.before is not None:
             more, error = loss.difference(self.before)
             told |= {"answer_nll_before": self.before.mean, "difference": more, "standard_error": error}
+            self.notes = [
+                f"held-out answers: {self.before.mean:.3f} nats a token before, {loss.mean:.3f} after (difference "
+                f"{more:+.3f}, standard error {error:.3f}, {len(loss.nats)} answers)"
+            ]
         columns = {
             "answer_nll": loss.mean,
             "num_test": len(loss.nats),

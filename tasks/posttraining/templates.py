@@ -59,17 +59,28 @@ def chat_encoder(options: PostTrainingOptions) -> tuple[Encoder, str | None]:
     return encoder_of(tokenizer, options), note
 
 
-def encoder_of(tokenizer: Any, options: PostTrainingOptions) -> Encoder:
-    """Return the encoder of a tokenizer that has its chat template; errors as of :func:`chat_encoder`."""
+def encoder_of(tokenizer: Any, options: PostTrainingOptions, stored: str | None = None) -> Encoder:
+    """Return the encoder of a tokenizer that has its chat template.
+
+    Args:
+        tokenizer: with its template.
+        options: of the run.
+        stored: what errors call a template that is kept in a run folder; None takes where the options have it from.
+
+    Raises:
+        ConfigError: as of :func:`chat_encoder`.
+    """
     values = template_values(options)
-    values |= thinking_values(tokenizer, options.thinking, options.backbone)
+    place = options.chat_template or options.backbone
+    values |= thinking_values(tokenizer, options.thinking, place)
     encoder = Encoder(tokenizer, chat=True, values=values)
     try:
         encoder.chat_text(_PROBE)
         encoder.chat_text(_PROBE[:1], asks=True)
     except ValueError as error:
-        where = options.chat_template or options.backbone
-        raise ConfigError(f"the chat template of {where} fails ({error}): --chat-template FILE gives another") from None
+        if stored is not None:
+            raise ConfigError(f"{stored} fails ({error}): put back the file that the training wrote") from None
+        raise ConfigError(f"the chat template of {place} fails ({error}): --chat-template FILE gives another") from None
     return encoder
 
 

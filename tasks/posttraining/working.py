@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,11 @@ from pyra.tasks.fitting import processes
 from pyra.tasks.fitting.fit import Fitted, forget_checkpoints
 from pyra.tasks.language.models import backbone_digest
 from pyra.tasks.language.runs import Subject
+from pyra.tasks.language.tokens import Encoder
 from pyra.tasks.posttraining.options import PostTrainingOptions
 from pyra.tasks.posttraining.rows import Rows, data_record, rows_digest
 from pyra.tasks.posttraining.runs import adapted_policy, begin_run, save_run
+from pyra.tasks.posttraining.templates import chat_encoder
 from pyra.tasks.provenance import adapter_settings, settings
 from pyra.tasks.results import PREDICTIONS_FILE, RESULT_FILE, RunResult, environment, read_result
 from pyra.tasks.resuming import finished_as, shared_folder
@@ -63,9 +66,23 @@ class Work(Protocol):
         """Score the folded model, which is on the device of the run."""
 
 
-def finished_run(options: PostTrainingOptions) -> RunResult | None:
-    """Return the result of a finished run that ``--resume`` leaves as it is, or None."""
-    return processes.on_main(lambda: finished_as(begin_run(options))) if options.resume else None
+def finished_run(options: PostTrainingOptions, rows: Rows) -> RunResult | None:
+    """Return the result of a finished run that ``--resume`` leaves as it is, or None.
+
+    Raises:
+        DataError: where it was made of other rows, or with another chat template.
+    """
+    if not options.resume:
+        return None
+    encoder, _ = chat_encoder(options)
+    begin = begin_run(options, _record(rows, encoder), rows.name)
+    return processes.on_main(lambda: finished_as(begin))
+
+
+def _record(rows: Rows, encoder: Encoder) -> dict[str, Any]:
+    """Return what a run keeps of its data: size and hash of each split, and the hash of the chat template."""
+    template = str(encoder.tokenizer.chat_template)
+    return {**data_record(rows), "chat_template": hashlib.sha256(template.encode()).hexdigest()}
 
 
 def carry_out(
@@ -87,7 +104,7 @@ def carry_out(
     """
     weights = backbone_digest(subject.model)
     subject = dataclasses.replace(subject, model=adapted_policy(subject.model, options))
-    begin = begin_run(options, {**data_record(rows), "left_out": left_out}, rows.name)
+    begin = begin_run(options, {**_record(rows, subject.encoder), "left_out": left_out}, rows.name)
     with shared_folder(begin) as folder:
         if (folder / RESULT_FILE).exists():  # the process was killed between its last file and the swap
             return read_result(folder)

@@ -54,14 +54,14 @@ def all_timed(rows: Sequence[RunResult]) -> bool:
 
 
 def tokens_notes(groups: Sequence[Group]) -> list[str]:
-    """Return a line for each task that several ways answered: those that no other beats with fewer generated tokens."""
-    ways: dict[tuple[str, str], list[tuple[Group, float, str]]] = {}
+    """Name for each task, answered by several ways, those that no other beats on these examples with fewer tokens."""
+    ways: dict[tuple[str, str, str | None], list[tuple[Group, float, str]]] = {}
     for one, different in zip(groups, differences(groups), strict=True):
         tokens = None if one.baseline else one.average("answer_tokens")
         if tokens is not None:
-            ways.setdefault((one.row.task, one.row.metric), []).append((one, tokens, different))
+            ways.setdefault((one.row.task, one.row.metric, one.row.test_sha256), []).append((one, tokens, different))
     notes = []
-    for (task, _), found in ways.items():
+    for (task, _, _), found in ways.items():
         if len({tokens for _, tokens, _ in found}) < 2:
             continue
         points = [(-tokens, one.mean if one.row.higher_is_better else -one.mean) for one, tokens, _ in found]

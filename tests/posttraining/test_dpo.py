@@ -199,7 +199,10 @@ def test_another_model_as_reference(llama: Path, bare: Path, pairs: Path, tmp_pa
     strange = save(decoder(vocab=401), words, tmp_path / "strange")
     with pytest.raises(ConfigError, match=r"--reference .*strange has another vocabulary \(\d+ tokens, the backbone"):
         train_dpo(options(llama, pairs, tmp_path / "no", reference=str(strange)))
-    with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
+    narrow = save(decoder(vocab=300), tokenizer(), tmp_path / "narrow")
+    with pytest.raises(ConfigError, match=r"--reference .*narrow has weights of 300 tokens"):
+        train_dpo(options(llama, pairs, tmp_path / "no", reference=str(narrow)))
+    with pytest.raises(ConfigError, match=r"--reference .*pairs.*no config.json there"):
         train_dpo(options(llama, pairs, tmp_path / "no", reference=str(pairs)))
     assert not (tmp_path / "no").exists()
 
@@ -260,7 +263,7 @@ def test_every_loss(loss: str, llama: Path, pairs: Path, tmp_path: Path) -> None
         ("--data {pairs} --dropout 0.1", "--dropout: trl switches it off for preferences"),
         ("--data {pairs} --max-length 4", "--max-length 4: every pair is longer"),
         ("--data {pairs} --packing", "unknown flag '--packing'"),
-        ("--data {pairs} --reference no/such/folder", "has no tokenizer that can be read"),
+        ("--data {pairs} --reference no/such/folder", "--reference no/such/folder: no such folder"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -280,7 +283,7 @@ def test_the_command(llama: Path, pairs: Path, tmp_path: Path, capsys: pytest.Ca
     places = ["--backbone", str(llama), "--data", str(pairs), "--output", str(tmp_path / "run")]
     assert main(["dpo", *places, "--device", "cpu", "--steps", "2", "--batch-size", "4"]) == 0
     shown = capsys.readouterr().out
-    assert "preferred (%)" in shown and "6 pairs scored" in shown and "saved to" in shown
+    assert "preferred (%)" in shown and "of 6 preferred (standard error" in shown and "saved to" in shown
     with pytest.raises(SystemExit) as stopped:
         main(["dpo", "--help"])
     assert stopped.value.code == 0 and "pyra dpo --adapter runs/sft" in capsys.readouterr().out

@@ -120,9 +120,28 @@ def test_pairs_share_their_prompt() -> None:
     assert found.tokenizer.decode(one.rejected.ids[one.rejected.start :]) == "a bore</s>"
     with pytest.raises(ConfigError, match="--max-length 4: every pair is longer"):
         encode_pairs(read_pairs(rows, None), found, 4)
-    cut = "{%- for m in messages -%}{{- '|' + m['content'][:1] -}}{%- endfor -%}"
+    squeezing = "{%- for m in messages -%}{{- '|' + m['content'] | replace('  ', ' ') -}}{%- endfor -%}"
+    apart = as_rows([{"prompt": "hi", "chosen": "a b", "rejected": "a  b"}])
     with pytest.raises(DataError, match="line 1: chosen and rejected are the same to the tokenizer"):
-        encode_pairs(read_pairs(as_rows([{"prompt": "hi", "chosen": "ab", "rejected": "ac"}]), None), encoder(cut), 100)
+        encode_pairs(read_pairs(apart, None), encoder(squeezing), 100)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ m['content'] if m['role'] == 'user' }}",
+        "{{ m['text'] }}",
+        "{{ m['content'] | upper }}",
+        "{{ m['content'][:3] }}",
+    ],
+)
+def test_a_template_that_does_not_write_the_answer_is_refused(written: str) -> None:
+    template = (
+        "{%- for m in messages -%}<|{{ m['role'] }}|>" + written + "</s>{%- endfor -%}"
+        "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+    )
+    with pytest.raises(ValueError, match="leaves out what the assistant says, or writes it in other words"):
+        encode_turn(said("a question", "the answer"), {}, encoder(template))
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=12).filter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -102,6 +103,42 @@ def test_a_reward_that_raises_marks_the_samples_it_raises_on() -> None:
 def test_rewards_that_are_no_numbers_are_told_once(values: list[Any], expected: list[Any], said: str) -> None:
     found, told, _ = call(lambda **_: values, ["a", "b"])
     assert found == expected and len(told) == 1 and said in told[0]
+
+
+class Strange:
+    def __float__(self) -> float:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+class StrangeError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def leaves(**_: Any) -> list[float]:
+    sys.exit(3)
+
+
+def raises_strangely(**_: Any) -> list[float]:
+    raise StrangeError
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda **_: [10**400, 10**400], "which is no number"),
+        (lambda **_: [1e39, -1e39], "returned 1e+39"),
+        (lambda **_: [Strange(), Strange()], "returned an object of Strange, which is no number"),
+        (leaves, "raised SystemExit: 3"),
+        (raises_strangely, "raised StrangeError: an object of StrangeError"),
+    ],
+)
+def test_whatever_a_reward_does_its_samples_are_marked(reward: Any, said: str) -> None:
+    found, told, _ = call(reward, ["a", "b"])
+    assert found == [None, None] and len(told) == 1 and said in told[0]
 
 
 def test_none_is_no_mistake() -> None:

@@ -223,11 +223,14 @@ def test_options_that_cannot_be_used_are_named(
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"answer": 1}, "'prompt' must be text"),
-        ({"prompt": [{"role": "user"}], "answer": 1}, "'prompt' must be text"),
+        ({"answer": 1}, "row 7: no prompt (it has answer)"),
+        ({"prompt": [{"role": "user"}], "answer": 1}, "message 1 of prompt has no content"),
         ({"prompt": [{"role": "assistant", "content": "a"}], "answer": 1}, "ends with the assistant's turn"),
-        ({"prompt": "a"}, "'answer' must be the right answer, a text or a number; found None"),
+        ({"prompt": "a"}, "no answer (it has prompt)"),
         ({"prompt": "a", "answer": True}, "found True"),
+        ({"prompt": "a", "answer": float("nan")}, "answer is nan, which nothing is equal to"),
+        ({"prompt": [{"role": "usr", "content": "a"}], "answer": 1}, "did you mean 'user'?"),
+        ({"prompt": "a", "answer": 1, "thinking": True}, "say it for all, with --thinking"),
     ],
 )
 def test_rows_that_are_no_questions_are_named(row: dict[str, Any], told: str) -> None:
@@ -261,7 +264,7 @@ def test_the_verb_prints_the_row_and_how_it_went(
     where = ["--backbone", backbone, "--task", "arithmetic", "--output", str(tmp_path / "run")]
     assert main(["rl", *where, *flags, "--rewards", "answer,form,length"]) == 0
     said = capsys.readouterr().out
-    assert "accuracy before" in said and "rolling back" in said and "saved to" in said
+    assert "right before" in said and "rolling back" in said and "saved to" in said
     assert main(["rl", *where, "--batch-size", "30"]) == 2
     assert "must be a multiple of --group" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -112,7 +112,7 @@ def test_the_command(backbone: str, tmp_path: Path) -> None:
     assert done.stdout.count("saved to") == 1 and "Warning" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     result = read_result(tmp_path / "run")
-    assert (result.metric, result.num_test, result.batch_size) == ("accuracy", 7, 8) and result.answer_tokens
+    assert (result.metric, result.num_test, result.batch_size) == ("exact_match", 7, 8) and result.answer_tokens
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob("checkpoint*"))
     assert isinstance(load_posttrained(tmp_path / "run")[1], RlOptions)

@@ -50,6 +50,7 @@ def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:
         (b'{"a": 1}\n' + b"[" * 100_000, "line 2: not JSON"),
         (b'{"a": "\xff"}', r"is not UTF-8 \(invalid start byte at byte 7\)"),
         (b'{"a": 1}', "holds one row: two are needed"),
+        (b'{"a": 1}\n{"a": ["x\\ud800"]}\n', r"line 2: '\\ud800' is half of a character"),
     ],
 )
 def test_what_is_wrong_with_a_file(content: bytes, message: str, tmp_path: Path) -> None:

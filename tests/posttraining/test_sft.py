@@ -198,6 +198,22 @@ def test_thinking_reaches_the_template(llama: Path, tmp_path: Path) -> None:
         assert text.endswith(empty) == (row.values.get("thinking") is not True)
 
 
+def test_a_finished_run_of_other_rows_or_words_is_not_taken_for_this_one(llama: Path, tmp_path: Path) -> None:
+    data, template = write_lines(tmp_path / "a.jsonl", map(chat, range(12))), tmp_path / "own.jinja"
+    words = "{%- for m in messages -%}{{ '|' + m['content'] + eos_token }}{%- endfor -%}"
+    template.write_text(words)
+    asked = options(llama, data, tmp_path / "run", steps=1, resume=True, chat_template=str(template))
+    first, _ = train_sft(asked)
+    assert train_sft(asked)[0] == first
+    template.write_text(words.replace("|", "/"))
+    with pytest.raises(DataError, match="was made from other data of a"):
+        train_sft(asked)
+    template.write_text(words)
+    write_lines(data, map(chat, range(1, 13)))
+    with pytest.raises(DataError, match="was made from other data of a"):
+        train_sft(asked)
+
+
 def test_what_is_left_out_and_what_is_not_read(llama: Path, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "a fine film " * 60}, {"role": "assistant", "content": "no"}]}
     data = write_lines(

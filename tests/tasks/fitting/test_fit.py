@@ -163,6 +163,6 @@ def test_without_a_terminal_a_line_says_how_it_goes(
     error = capsys.readouterr().err
     assert "\r" not in error and "it/s" not in error
     lines = [line.partition(", loss")[0] for line in error.splitlines() if "training: step" in line]
-    assert lines[0] == "tome: training: step 5 of 10, epoch 1.0"
+    assert lines[0] == "tome: training: step 1 of 10, epoch 0.2"
     assert lines[-1] == "tome: training: step 10 of 10, epoch 2.0"
     assert len(set(lines)) == len(lines)
