@@ -76,6 +76,8 @@ def table_columns(rows: Sequence[RunResult], baseline: RunResult | None = None) 
     unit, size = macs_unit(rows)
     columns[f"MACs ({unit})"] = [_number(row.macs / size) for row in rows]
     units = {row.unit for row in rows}
+    if "images" not in units and all(row.images_per_second is None for row in rows):
+        return columns  # what is never timed, such as post-training, has no column for it
     speeds = [_number(row.images_per_second) for row in rows]
     columns[f"{units.pop()}/s" if len(units) == 1 else "speed"] = speeds
     speedups = [_speedup(row, baseline) for row in rows]

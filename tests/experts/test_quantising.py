@@ -22,7 +22,7 @@ from pyra.adapters import adapt, fold_adapter
 from pyra.backbones.joyai_checkpoint import load_model, save_checkpoint
 from pyra.errors import ConfigError, UnsupportedModelError
 from pyra.experts import QuantisingConfig, fake_quantise, quantising_config, undo_fake_quantise
-from pyra.experts.quantising import quantise, rounded, straight_through
+from pyra.experts.quantising import fitting_group, quantise, rounded, straight_through
 from pyra.export.engine_weights import pack
 
 SMALL = {"moe_intermediate_size": 64}
@@ -274,3 +274,10 @@ def test_weights_that_were_rounded_are_not_rounded_again(dtype: torch.dtype) -> 
     with pytest.raises(ConfigError, match="rounded to 4 bits already"):
         fake_quantise(model)
     fake_quantise(tiny().to(dtype))  # and floats are not taken for it
+
+
+def test_the_group_that_fits_all_experts() -> None:
+    assert [fitting_group(tiny(moe_intermediate_size=width)) for width in (64, 96, 40, 36)] == [64, 32, 8, 64]
+    with pytest.raises(ConfigError, match=r"groups of 64 do not divide 96 inputs; .* such as 32"):
+        fake_quantise(tiny(moe_intermediate_size=96))
+    fake_quantise(tiny(moe_intermediate_size=96), QuantisingConfig(group_size=32))

@@ -364,3 +364,19 @@ def test_the_gate_is_imported_without_trl() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("length", "beyond", "expected"), [(100_000, 0.5, 0.075), (4096, 1.0, 0.0), (300_000, 1.01, 0.0)]
+)
+def test_the_roll_back_of_long_answers_is_as_steep_in_float32(length: int, beyond: float, expected: float) -> None:
+    log_ratio = torch.full((1, length), 0.15 * (1 + beyond / length), dtype=torch.float64)
+    found = fiberpo_log_gate(log_ratio.float(), torch.ones(1, length), c_plus=0.15, c_minus=0.1, eps=0.05)
+    assert found[0, 0].item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("members", [[0, 0], torch.zeros(2, dtype=torch.complex64), torch.zeros(3, dtype=torch.long)])
+def test_members_that_are_no_numbers_of_groups_are_named(members: Any) -> None:
+    level = FiberLevel(members, 0.1, 0.05, 0.02)
+    with pytest.raises(ConfigError, match="level 0: members must be"):
+        fiberpo_log_gate(torch.zeros(2, 3), torch.ones(2, 3), **BUDGETS, levels=[level])
