@@ -149,9 +149,9 @@ def fiberpo_regimes(log_ratio: Tensor, mask: Tensor, *, c_plus: float, c_minus: 
     count = real.sum(1).clamp(min=1)
     states, clipped = [], torch.zeros_like(real)
     for parts, budget in ((rising, c_plus), (falling, c_minus)):
-        drift = parts.sum(1) / count
+        drift = parts.sum(1, dtype=_wide(parts)) / count
         states.append(_states(drift, budget, count))
-        clipped |= ((parts - drift[:, None]).abs() > eps) & real
+        clipped |= ((parts - drift.to(parts.dtype)[:, None]).abs() > eps) & real
     return Regimes(torch.where(real.any(1), torch.maximum(*states), EMPTY), clipped)
 
 
@@ -170,7 +170,7 @@ def group_regimes(log_ratio: Tensor, mask: Tensor, level: FiberLevel, *, c_plus:
     divisor, present = real.sum(1).clamp(min=1), real.any(1)
     states, clipped = [], torch.zeros_like(present)
     for parts, budget, of_group in ((rising, c_plus, level.c_plus), (falling, c_minus, level.c_minus)):
-        values = roll_back(parts.sum(1) / divisor, budget, divisor)
+        values = roll_back(parts.sum(1, dtype=_wide(parts)) / divisor, budget, divisor)
         own, count, drift = _group_means(values, present, level.members)
         states.append(_states(drift, of_group, count.clamp(min=1)))
         clipped |= ((values - drift[own]).abs() > level.eps) & present
