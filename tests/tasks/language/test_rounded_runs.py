@@ -41,15 +41,17 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_experts_are_scored_as_they_are_deployed(method: str, root: Path, tmp_path: Path) -> None:
-    backbone = mixture(tmp_path / "joyai", moe_intermediate_size=64)
+@pytest.mark.parametrize(("method", "width", "group"), [("full", 64, 64), ("lora", 64, 64), ("lora", 96, 32)])
+def test_experts_are_scored_as_they_are_deployed(
+    method: str, width: int, group: int, root: Path, tmp_path: Path
+) -> None:
+    backbone = mixture(tmp_path / "joyai", moe_intermediate_size=width)
     result, _ = train_language(options(backbone, root, tmp_path / "run", method=method, rank=2))
     assert result.method == f"{method}+int4" and read_result(tmp_path / "run") == result
     again, _, _ = evaluate_language_run(tmp_path / "run", Evaluation(device="cpu"))
     assert again.value == result.value
     model = load_language_run(tmp_path / "run")[0].model
-    assert quantising_config(model) is not None
+    assert getattr(quantising_config(model), "group_size", None) == group
     found = logits(model)
     write_int4(model, tmp_path / "int4")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "int4").eval()), found)
@@ -96,8 +98,8 @@ def test_what_cannot_be_trained_rounded_is_refused_before_training(
         train_language(options(backbones["llama"], root, tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"goes with --method full, lora and rslora, .* what dora adds"):
         train_language(options(backbones["llama"], root, tmp_path / "run", method="dora", dropout=0.0))
-    narrow = mixture(tmp_path / "joyai")
-    with pytest.raises(ConfigError, match="groups of 64 do not divide 32 inputs"):
+    narrow = mixture(tmp_path / "joyai", moe_intermediate_size=36)
+    with pytest.raises(ConfigError, match="groups of 64 do not divide 36 inputs"):
         train_language(options(narrow, root, tmp_path / "run"))
     rounded = mixture(tmp_path / "wide", moe_intermediate_size=64)
     with pytest.raises(ConfigError, match="must be one of int4"):
