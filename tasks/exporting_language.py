@@ -185,7 +185,7 @@ def _told(backbone: str, model: Any) -> dict[str, Any]:
     folder = Path(backbone).expanduser()
     config = read_config(backbone)
     quantised = getattr(config, "quantization_config", None) is not None
-    stored = "bfloat16" if quantised else str(config.dtype or torch.float32).removeprefix("torch.")
+    stored = str(config.dtype or (torch.bfloat16 if quantised else torch.float32)).removeprefix("torch.")
     mixture = folder.is_dir() and model.config.model_type in MODEL_TYPES
     return {
         "files": folder if folder.is_dir() else None,

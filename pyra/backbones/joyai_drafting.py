@@ -68,9 +68,19 @@ class DraftsWithMtp:
             setattr(prepared, name, value)
         if prepared.use_mtp:
             _check(self, prepared, rest.get("past_key_values"))
+            if rest.get("inputs_embeds") is not None:
+                raise ConfigError("use_mtp=True drafts behind token ids: give input_ids in place of inputs_embeds")
         elif own:
             raise ConfigError(f"{' and '.join(sorted(own))}: say use_mtp=True, too, or leave it out")
         return prepared, rest
+
+    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse criteria of one's own: they would see the end of an accepted draft alone, and stop later."""
+        if generation_config.use_mtp and stopping_criteria:
+            raise ConfigError("use_mtp=True does not go with stopping_criteria: leave one of them out")
+        return super()._get_stopping_criteria(  # type: ignore[misc]
+            generation_config, stopping_criteria, *args, **kwargs
+        )
 
     def _get_candidate_generator(self, generation_config: Any, input_ids: Tensor, **kwargs: Any) -> Any:
         """Make what drafts."""
@@ -200,6 +210,9 @@ _REFUSED: dict[str, Any] = {
     "guidance_scale": lambda value: value not in (None, 1),  # keeps a cache of its own, which drafts would spoil
     "prompt_lookup_num_tokens": lambda value: value is not None,
     "assistant_early_exit": lambda value: value is not None,
+    "stop_strings": bool,  # looked for at the end of an accepted draft alone
+    "output_hidden_states": bool,
+    "output_attentions": bool,
     "use_cache": lambda value: value is False,
     "cache_implementation": lambda value: value not in (None, "dynamic", "dynamic_full", "offloaded"),
 }

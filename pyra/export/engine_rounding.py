@@ -95,8 +95,8 @@ def _of_linear_layers(model: nn.Module) -> Rounding:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layers of a multiple of {GROUP} inputs that could be rounded"
         )
-    name, layer = next(iter(layers.items()))
-    if was_rounded(layer.weight, LINEAR):
+    name = next((name for name, layer in layers.items() if was_rounded(layer.weight, LINEAR)), None)
+    if name is not None:
         raise ConfigError(
             f"{name} holds a weight that was rounded to 4 bits already, and rounding it again moves it: open the float "
             "checkpoint that it was made from"

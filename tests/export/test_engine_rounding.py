@@ -142,6 +142,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         parameter.data = rounded(parameter.data, LINEAR)
     with pytest.raises(ConfigError, match=r"q_proj holds a weight that was rounded to 4 bits already"):
         export_language_model(subject(model), tmp_path / "again", "engine-int4")
+    nn.init.normal_(model.get_parameter("model.layers.0.self_attn.q_proj.weight"))
+    with pytest.raises(ConfigError, match=r"k_proj holds a weight that was rounded to 4 bits already"):
+        export_language_model(subject(model), tmp_path / "again", "engine-int4")
 
 
 def test_an_int4_folder_is_a_backbone_in_floats(tmp_path: Path) -> None:
