@@ -10,7 +10,7 @@ The rounding is that of compressed-tensors' symmetric integers: scale = largest 
 from -8 to 7 (4 bits). A positive largest value is 7.5 steps, and becomes 7: no value moves by more than half a step,
 so the gradient is the identity everywhere. A negative one is -7.5 steps give or take a rounding error, which decides
 between -8 and -7: dividing by the scale, as here, and multiplying by its inverse, as torchao does where it trains
-linear layers, differ in about one group of twelve.
+linear layers, differ there (``by_inverse``).
 
 Letters: ``E`` experts, ``H`` hidden and ``I`` intermediate channels, ``G`` group size.
 """

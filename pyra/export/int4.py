@@ -81,9 +81,8 @@ def _checked(model: nn.Module, group_size: int | None) -> QuantisingConfig:
     if getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError("write_int4 rounds floats, and transformers holds this model quantised: open it as floats")
     trained = quantising_config(model)
-    config = QuantisingConfig(
-        group_size=group_size if group_size is not None else trained.group_size if trained else 64
-    )
+    usual = trained.group_size if trained else 64
+    config = QuantisingConfig(group_size=usual if group_size is None else group_size)
     if trained not in (None, config):
         assert trained is not None
         raise ConfigError(
