@@ -5,6 +5,8 @@ A process that was started alone needs none of it: there is one process, it is t
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -45,12 +47,20 @@ def join(device: torch.device) -> None:
     """Meet the other processes, before anything is exchanged with them; a process alone returns at once."""
     if count() > 1 and not dist.is_initialized():
         PartialState(cpu=device.type == "cpu")
+        atexit.register(leave)  # once more: while an error is on its way, its traceback still refers to the group
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, and end the threads that talked to them.
+
+    A group and its threads live as long as anything refers to it, and trainers are cycles of references. A thread that
+    lets go of its last tensors while Python shuts down aborts the process ("terminate called without an active
+    exception"), whatever it was that the process had done.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    if count() > 1:
+        gc.collect()
 
 
 def wait() -> None:

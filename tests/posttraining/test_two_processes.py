@@ -14,6 +14,7 @@ import pytest
 from pyra.scripts.main import main
 from pyra.tasks.results import read_result
 
+WORKER = Path(__file__).parent.parent / "support" / "module_and_its_threads.py"
 FLAGS = {
     "sft": "--method pyra --keep 0:0.5 --targets q_proj,v_proj --epochs 1 --batch-size 8 --lr 1e-2 --device cpu",
     "dpo": "--method lora --targets q_proj,v_proj --epochs 1 --batch-size 8 --lr 1e-2 --device cpu",
@@ -33,13 +34,14 @@ def test_two_processes_train_as_one(verb: str, tmp_path: Path, request: pytest.F
     assert main([verb, *flags, str(tmp_path / "one")]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, "-m", f"pyra.scripts.{verb}", *flags, str(tmp_path / "two")],
+        [*launcher, str(WORKER), f"pyra.scripts.{verb}", *flags, str(tmp_path / "two")],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert sys.platform != "linux" or done.stdout.count("THREADS []") == 2, done.stdout
     assert done.stdout.count("saved to") == 1 and "Warning" not in done.stderr
     one, two = told(tmp_path / "one"), told(tmp_path / "two")
     assert [entry["loss"] for entry in two["losses"]] == pytest.approx(

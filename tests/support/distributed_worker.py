@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from backbone_families import FAMILIES, build, config, result, run, trained
+from module_and_its_threads import leave_at_once
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -52,9 +53,8 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model, ignored_params={p for p in model.parameters() if p.ndim == 0})
 
 
-def main(folder: Path) -> None:
+def train_all(folder: Path) -> None:
     """Train every family in both ways and store what came out."""
-    dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     # Several of transformers' models have parameters that their forward never uses (mask tokens, poolers).
     ways = {"ddp": partial(DistributedDataParallel, find_unused_parameters=True), "fsdp2": shard}
@@ -72,8 +72,9 @@ def main(folder: Path) -> None:
             if rank == 0:
                 torch.save(outcome, target)
             dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    dist.init_process_group("gloo")
+    train_all(Path(sys.argv[1]))
+    leave_at_once(0)

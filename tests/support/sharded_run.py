@@ -19,6 +19,7 @@ os.environ.update(
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from module_and_its_threads import leave_at_once
 
 from pyra.scripts.main import main
 from pyra.tasks.fitting import checkpoints
@@ -45,4 +46,4 @@ def on_step_end(self: Any, args: Any, state: Any, control: Any, model: Any = Non
 
 PartialState.__init__ = state
 ProgressBar.on_step_end = on_step_end  # type: ignore[method-assign]
-sys.exit(main(["train", *sys.argv[1:]]))
+leave_at_once(main(["train", *sys.argv[1:]]))
