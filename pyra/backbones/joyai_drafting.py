@@ -66,6 +66,8 @@ class DraftsWithMtp:
         prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         for name, value in own.items():
             setattr(prepared, name, value)
+        if prepared.use_mtp not in (None, True, False):
+            raise ConfigError(f"use_mtp must be True or False, got {prepared.use_mtp!r}")
         if prepared.use_mtp:
             _check(self, prepared, rest.get("past_key_values"))
             if rest.get("inputs_embeds") is not None:
@@ -93,6 +95,9 @@ class DraftsWithMtp:
                 f"use_mtp=True answers one prompt at a time, got {len(input_ids)}: rows would accept different numbers "
                 "of tokens; call generate for each, or leave it out"
             )
+        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+        if mask is not None and not mask.any():
+            raise ConfigError("attention_mask hides the whole prompt, and use_mtp=True drafts behind it: keep a token")
         return MtpCandidates(self, _layer(self), generation_config, kwargs.get("logits_processor"))
 
     def save_pretrained(

@@ -38,17 +38,20 @@ def fake_quantise_linear(model: Model, leave: Collection[nn.Module] = ()) -> Mod
         leave: linear layers that stay float.
 
     Raises:
-        ConfigError: where torchao is missing (names the extra), or the model carries an adapter.
+        ConfigError: where torchao is missing (names the extra), the model carries an adapter, or is of float64.
         UnsupportedModelError: for a model without such layers.
     """
     need("torchao", "training linear layers as int4", "torchao")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConfigError("fake_quantise_linear takes the backbone: round it first, and adapt it then")
+    left = {id(module) for module in leave}
+    chosen: list[Any] = [one for name, one in model.named_modules() if id(one) not in left and fits(one, name)]
+    if any(layer.weight.dtype == torch.float64 for layer in chosen):
+        raise ConfigError("torchao rounds float32, bfloat16 and float16, not weights of float64: model.float() first")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
     logging.getLogger("torchao").setLevel(logging.ERROR)
-    left = {id(module) for module in leave}
     prepare: Any = QATConfig(int4_config(), step="prepare")
     quantize_(model, prepare, filter_fn=lambda module, name: id(module) not in left and fits(module, name))
     if not trains_as_rounded(model):

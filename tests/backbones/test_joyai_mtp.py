@@ -60,8 +60,8 @@ def last_hidden(model: Any, ids: Tensor, **told: Any) -> Tensor:
 
 
 def answer(model: Any, ids: Tensor, count: int = 24, **told: Any) -> Any:
-    asked = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 1, "eos_token_id": None, **told}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    asked = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    return model.generate(ids, **{"attention_mask": torch.ones_like(ids), **asked, **told})
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -523,6 +523,8 @@ def test_drafts_of_a_model_that_has_no_layer(published: Path, tmp_path: Path) ->
         ({"mtp_draft_tokens": 1.5}, "got 1.5"),
         ({"mtp_draft_tokens": True}, "got True"),
         ({"mtp_record": []}, "must be a DraftRecord, got list"),
+        ({"use_mtp": "no"}, "use_mtp must be True or False, got 'no'"),
+        ({"attention_mask": torch.zeros(1, 30)}, "attention_mask hides the whole prompt"),
         ({"use_mtp": False, "mtp_draft_tokens": 2}, "mtp_draft_tokens: say use_mtp=True, too"),
         ({"num_beams": 2}, "does not go with num_beams=2"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),

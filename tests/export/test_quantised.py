@@ -91,6 +91,13 @@ def test_layers_that_are_left_stay_float() -> None:
         fake_quantise_linear(nn.Sequential(nn.Linear(20, 4)))
 
 
+def test_weights_of_float64_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4)).double()
+    with pytest.raises(ConfigError, match=r"not weights of float64: model\.float\(\) first"):
+        fake_quantise_linear(model)
+    assert not trains_as_rounded(model)
+
+
 def test_torchao_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ConfigError, match=r"needs torchao: pip install 'pyra-adapt\[torchao\]'"):
