@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pyra.scripts.cli import listed, parse
+from pyra.scripts.posttraining import train_and_tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,27 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     need_trl("sft")
-    from pyra.tasks.fitting import processes
     from pyra.tasks.quiet import quiet_libraries
 
     quiet_libraries()
     from pyra.tasks.posttraining.sft import train_sft
-    from pyra.tasks.reports import results_table
 
-    try:
-        result, notes = train_sft(options)
-        if not processes.is_main():
-            return 0
-        print(results_table([result]))
-        for note in notes:
-            print(note)
-        print(
-            f"trained in {result.train_seconds or 0:.0f} s, on a set of {result.train_tokens or 0:,} tokens of answers"
-            f"; saved to {options.output}"
-        )
-        return 0
-    finally:
-        processes.leave()
+    return train_and_tell(options, train_sft)
 
 
 if __name__ == "__main__":  # as `torchrun` and `accelerate launch` start it
