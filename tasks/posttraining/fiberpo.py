@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -102,7 +103,8 @@ def fiberpo_log_gate(
     used up, and is at most ``exp(c_plus + 2 eps)``. Trajectories do not know of each other (without ``levels``).
 
     Args:
-        log_ratio: [B, T] log of new over old probability of each token; anything, NaN included, off the mask.
+        log_ratio: [B, T] log of new over old probability of each token; anything, NaN included, off the mask. Finite on
+            it: otherwise log G of that trajectory holds NaN, which its gradient need not.
         mask: [B, T] 1 (true) on the tokens that count.
         c_plus: budget of a trajectory's mean upward drift, in nats a token.
         c_minus: budget of its mean downward drift, below ``c_plus``.
@@ -119,8 +121,12 @@ def fiberpo_log_gate(
     >>> fiberpo_log_gate(zero, torch.ones(1, 3), c_plus=0.15, c_minus=0.1, eps=0.02)
     tensor([[0., 0., 0.]])
     """
-    problems = _tensor_problems(log_ratio, mask) + budget_problems(c_plus, c_minus, eps)
-    problems += [problem for place, level in enumerate(levels) for problem in _level_problems(place, levels, mask)]
+    problems = budget_problems(c_plus, c_minus, eps)
+    if isinstance(log_ratio, Tensor) and isinstance(mask, Tensor):
+        problems = _tensor_problems(log_ratio, mask) + problems
+        problems += [problem for place, level in enumerate(levels) for problem in _level_problems(place, levels, mask)]
+    else:
+        problems = ["log_ratio and mask must be tensors", *problems]
     if problems:
         raise ConfigError(f"fiberpo: {'; '.join(problems)}")
     real, rising, falling = _parts(log_ratio, mask)
@@ -323,4 +329,4 @@ def _level_problems(place: int, levels: Sequence[FiberLevel], mask: Tensor) -> l
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mpmath import mp, mpf
@@ -343,6 +344,27 @@ def test_budgets_that_make_no_sense_are_named(changed: dict[str, float], told: s
 def test_all_that_is_wrong_with_tensors_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"log_ratio must be floating-point \[B, T\].*; mask must have the shape"):
         fiberpo_log_gate(torch.zeros(3, dtype=torch.long), torch.ones(1, 3), **BUDGETS)
+
+
+@pytest.mark.parametrize("given", [([[0.0, 0.1]], torch.ones(1, 2)), (torch.zeros(1, 2), [[1, 1]])])
+def test_lists_are_no_tensors(given: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"log_ratio and mask must be tensors; eps must be a number above 0, got 0$"):
+        fiberpo_log_gate(*given, **{**BUDGETS, "eps": 0}, levels=[FiberLevel(torch.zeros(1).long(), 0.1, 0.05, 0.02)])
+
+
+def test_budgets_may_be_numbers_of_numpy() -> None:
+    moved = torch.tensor([[0.3, -0.2, 0.4]], dtype=torch.float64)
+    budgets = {name: np.float64(value) for name, value in BUDGETS.items()}
+    expected = fiberpo_log_gate(moved, torch.ones(1, 3), **BUDGETS)
+    assert torch.equal(fiberpo_log_gate(moved, torch.ones(1, 3), **budgets), expected)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_on_the_mask_shows_in_its_trajectory_alone(wrong: float) -> None:
+    moved = torch.tensor([[wrong, 0.01, 0.02], [0.01, 0.02, 0.03]])
+    found = fiberpo_log_gate(moved, torch.ones(2, 3), **BUDGETS)
+    assert found[0].isnan().any()
+    assert torch.equal(found[1], fiberpo_log_gate(moved[1:], torch.ones(1, 3), **BUDGETS)[0])
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,13 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(backbone: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes did two runs: ``drawn`` as usual, one prompt shared by both, and ``greedy``."""
+    """Where two processes did runs: ``drawn`` with one prompt shared by both, the same interrupted, and ``greedy``."""
     place = tmp_path_factory.mktemp("runs")
-    own = {"drawn": {"group": 8}, "greedy": {"temperature": GREEDY}}
+    own = {
+        "drawn": {"group": 8},
+        "interrupted": {"group": 8, "save_steps": 1, "interrupted_in": 2},
+        "greedy": {"temperature": GREEDY},
+    }
     wanted = [{**SETTINGS, "backbone": backbone, "output": str(place / name), **more} for name, more in own.items()]
     (place / "wanted.json").write_text(json.dumps(wanted))
     done = in_two(rl_worker.__file__, str(place / "wanted.json"))
@@ -81,6 +85,17 @@ def test_both_end_with_the_same(folder: Path) -> None:
     assert all(entry["groups_passing"] <= 1 and entry["entropy"] > 0 for entry in first["curves"])
     stored = json.loads((folder / "drawn" / "training.json").read_text())
     assert stored["losses"] == first["curves"] and stored["held_out"]["questions"] == 7
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(folder: Path) -> None:
+    first, second = told(folder, "interrupted")
+    whole, _ = told(folder, "drawn")
+    assert first == second
+    assert {name: first[name] for name in ("weights", "moved", "value")} == {
+        name: whole[name] for name in ("weights", "moved", "value")
+    }
+    same = [{name: value for name, value in entry.items() if "time" not in name} for entry in first["curves"]]
+    assert same == [{name: value for name, value in entry.items() if "time" not in name} for entry in whole["curves"]]
 
 
 def test_samples_without_a_reward_are_those_of_both(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Each process of a distributed ``pyra rl`` tells what it ends with: `torchrun` runs this file.
 
 It is given a JSON file with a list of options of runs, one after another, and writes ``<output>-<rank>.json`` for each.
+A run with ``interrupted_in`` is interrupted in that rollout, from 1, and goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,23 @@ def digits(completions: list[Any], **_: Any) -> list[float | None]:
     """A reward that answers of random weights differ in, and that one answer in five does not have."""
     found = [sum(map(ord, one[0]["content"])) % 5 for one in completions]
     return [float("nan") if value == 4 else float(value) for value in found]
+
+
+def interrupted(values: dict[str, Any], rollout: int) -> None:
+    """Begin a run that is interrupted in a rollout, counted from 1."""
+    seen = []
+
+    def stops(completions: list[Any], **_: Any) -> list[float | None]:
+        seen.append(len(completions))
+        if len(seen) == rollout:
+            raise KeyboardInterrupt
+        return digits(completions)
+
+    try:
+        rl.train_rl(RlOptions(**values), {"digits": stops})
+    except KeyboardInterrupt:
+        return
+    raise AssertionError(f"the run had {len(seen)} rollouts and ended")
 
 
 def told(values: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +66,9 @@ def told(values: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for one in json.loads(Path(sys.argv[1]).read_text()):
+        if rollout := one.pop("interrupted_in", None):
+            interrupted(one, rollout)
+            one["resume"] = True
         found = json.dumps(told(one))
         Path(f"{one['output']}-{processes.rank()}.json").write_text(found)
     processes.leave()
