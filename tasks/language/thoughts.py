@@ -32,10 +32,19 @@ def thought_marks(tokenizer: Any) -> Marks | None:
     end = rest.split(_SAID, 1)[0].strip()
     pairs = enumerate(zip(before, without, strict=False))
     shared = next((place for place, (one, other) in pairs if one != other), len(before))
-    start = before[shared:].strip()
+    start = before[_whole_mark(before, shared) :].strip()
     if not start and before.rstrip().endswith(pair := end.replace("/", "", 1)):
         start = pair  # an answer without a thought has an empty one: the mark stands in both
     return Marks(start, end) if start and end else None
+
+
+def _whole_mark(text: str, place: int) -> int:
+    """Return where the mark begins that a place lies in, or the place: ``<think>`` and ``</think>`` share their "<"."""
+    for left, right in ("<>", "[]"):
+        begun = text.rfind(left, 0, place)
+        if begun >= 0 and not any(one == right or one.isspace() for one in text[begun:place]):
+            return begun
+    return place
 
 
 def opened(prompt: str, marks: Marks | None) -> str:

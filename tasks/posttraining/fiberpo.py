@@ -329,4 +329,4 @@ def _level_problems(place: int, levels: Sequence[FiberLevel], mask: Tensor) -> l
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

@@ -30,6 +30,11 @@ _OPENED = (
     "{% for m in messages %}" + _TURN + "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
     "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
 )
+# An answer without a thought begins with the mark that closes one.
+_CLOSED = (
+    "{% for m in messages %}" + _TURN + "{% if m.role == 'assistant' %}{% if m.reasoning_content %}{{ '<think>' + "
+    "m.reasoning_content }}{% endif %}{{ '</think>' }}{% endif %}{{ m.content }}{% endfor %}"
+)
 _PLAIN = "{% for m in messages %}" + _TURN + "{{ m.content }}\n{% endfor %}[a] "
 _RAISES = "{% for m in messages %}{{ raise_exception('no system') }}{% endfor %}"
 _BEHIND = "{% for m in messages %}" + _TURN + "{{ m.content }}<because>{{ m.reasoning_content }}</because>{% endfor %}"
@@ -37,8 +42,16 @@ _BEHIND = "{% for m in messages %}" + _TURN + "{{ m.content }}<because>{{ m.reas
 
 @pytest.mark.parametrize(
     ("template", "marks"),
-    [(_EMPTY, MARKS), (_OPENED, MARKS), (_PLAIN, None), (_RAISES, None), (_BEHIND, None), (None, None)],
-    ids=["empty", "opened", "plain", "raises", "behind", "none"],
+    [
+        (_EMPTY, MARKS),
+        (_OPENED, MARKS),
+        (_CLOSED, MARKS),
+        (_PLAIN, None),
+        (_RAISES, None),
+        (_BEHIND, None),
+        (None, None),
+    ],
+    ids=["empty", "opened", "closed", "plain", "raises", "behind", "none"],
 )
 def test_marks_are_read_off_the_template(template: str | None, marks: Marks | None) -> None:
     words = tokenizer()
@@ -50,6 +63,7 @@ def test_what_is_spoken() -> None:
     assert spoken(" <think>a</think>\nb</think>", MARKS) == "\nb</think>"
     assert spoken("<think>a", MARKS) == "" and spoken("a<think>b</think>", MARKS) == "a<think>b</think>"
     assert spoken("<think>a</think>b", None) == "<think>a</think>b"
+    assert opened("[a]</think>", MARKS) == ""
     assert opened("[a]<think>\n", MARKS) == "<think>" and opened("<think>\n</think>", MARKS) == opened("x", None) == ""
 
 
